@@ -1,0 +1,1912 @@
+"""Train a small language model, write it as an artifact, read the artifact back, score it in bits per byte.
+
+One file, read from top to bottom; every section uses only what stands above it.
+
+    environment -> Settings -> shards -> GPT.logits -> Optimizers -> Ema -> artifact.bin --(disk)--> GPT
+                                                                                                      |
+                          result.json <- Ledger (nats, tokens, bytes) <- ScoredChunk <----------------+
+
+    section                        comes in                  goes out
+    1  SETTINGS                    environment mapping       Settings, frozen and checked
+    2  PROCESS AND LOG             Settings, torchrun        Process (rank, device), Log, Clock
+    3  DATA                        shards, tokenizer         token batches, validation tokens, bytes per token
+    4  MODEL                       ids (B, T)                logits (B, T, V)
+    5  OPTIMIZER                   gradients                 weights one step on
+    6  AVERAGING                   weights of every step     averaged weights
+    7  QUANTIZATION AND ARTIFACT   weights                   one file, and weights back from it
+    8  NEURAL SCORING              model, tokens             ScoredChunk stream, Ledger -> val_bpb
+    9  RUN                         all of the above          run folder, exit code
+
+Launch:
+
+    make run                                                      two CPU cores, a few minutes
+    torchrun --standalone --nproc_per_node=8 train_gpt.py         8 GPUs, the contest's baseline
+    SEED=2 MATRIX_LR=0.03 torchrun ... train_gpt.py               every setting is an environment variable
+    EVAL_ONLY=runs/<RUN_ID>/artifact.bin python train_gpt.py      score an existing artifact
+
+The last line of every complete run:
+
+    final val_bpb:<8 decimals> val_loss:<8 decimals> artifact_bytes:<n> train_seconds:<s> eval_seconds:<s>
+
+Units: logarithms are natural inside (nats), base 2 in reports (bits per byte of raw UTF-8 text); sizes are
+bytes, 1 MB = 1,000,000 bytes. Training runs in the precision of the hardware, accounting in float64.
+Exit codes: 0 done, 2 setting, 3 artifact over the limit, 5 bad input file or data, 6 non-finite loss,
+130 and 143 interrupted by SIGINT and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import io
+import json
+import lzma
+import math
+import os
+import platform
+import re
+import signal
+import struct
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import zstandard
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# ============================================================================================================
+# 1 SETTINGS. In: a mapping of environment variables. Out: `Settings`, frozen, complete, checked.
+# Field `train_batch_tokens` is variable TRAIN_BATCH_TOKENS; names are the contest's. Precedence: a variable set
+# by hand, then what an artifact stores (EVAL_ONLY), then the recipe's row, then the default. Nothing here looks
+# at devices, files or the clock, so a bad setting stops the run before anything else happens.
+# ============================================================================================================
+
+
+class RunError(Exception):
+    """A failure the user can mend: one line that names the thing, its value, the rule and the remedy."""
+
+    exit_code = 1
+
+
+class SettingError(RunError):
+    """A setting, or a combination of settings, breaks a rule."""
+
+    exit_code = 2
+
+
+class SizeError(RunError):
+    """Code and weights together exceed the contest's limit."""
+
+    exit_code = 3
+
+
+class DataError(RunError):
+    """An input file (shard, tokenizer, manifest, artifact) is missing, damaged or of the wrong kind."""
+
+    exit_code = 5
+
+
+class NonFiniteError(RunError):
+    """A loss, a weight or a score is infinite or not a number."""
+
+    exit_code = 6
+
+
+# Recipes are written as a person would type them; several variables to a line, blanks between.
+RECIPES = {
+    # The contest's 9-layer baseline, 17,059,912 parameters: every default.
+    "baseline": "",
+    # Two CPU cores, two minutes on the standard library's source; records/README.md says what was tried.
+    "cpu": """
+        DATA_PATH=./data/datasets/stdlib TOKENIZER_PATH=./data/datasets/stdlib/tokenizer.model
+        VOCAB_SIZE=4096 NUM_LAYERS=4 MODEL_DIM=192 NUM_HEADS=3 NUM_KV_HEADS=3
+        ITERATIONS=100000 MAX_WALLCLOCK_SECONDS=120 WARMUP_STEPS=2 WARMDOWN_ITERS=400
+        TRAIN_BATCH_TOKENS=8192 TRAIN_SEQ_LEN=256 MICRO_BATCH_SLOTS=2 DATA_LANES=32
+        TRAIN_LOG_EVERY=50 VAL_LOSS_EVERY=0 VAL_BATCH_SIZE=32768 EMA_DECAY=0.98 MUON_MOMENTUM_WARMUP_STEPS=100
+    """,
+    # Seconds, for tests: every stage runs, nothing is learned worth having.
+    "smoke": """
+        VOCAB_SIZE=300 NUM_LAYERS=3 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2
+        ITERATIONS=4 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=1 WARMDOWN_ITERS=2
+        TRAIN_BATCH_TOKENS=512 TRAIN_SEQ_LEN=32 MICRO_BATCH_SLOTS=2 DATA_LANES=4
+        TRAIN_LOG_EVERY=2 VAL_LOSS_EVERY=2 VAL_BATCH_SIZE=1024 EVAL_STRIDE=8
+    """,
+}
+
+# Names of other submissions for what has one name here, and names that no submission ever read.
+REFUSED_NAMES = {
+    "USE_EMA": "set EMA_DECAY, 0 switches the average off",
+    "TTT_ONLY": "set EVAL_ONLY to an artifact",
+    "SKIP_SLIDING": "set EVAL_STRIDE to the window length for a fast score",
+    "RUN_CONFIG": "choose a RECIPE",
+    "WEIGHT_DECAY": "set MUON_WD for matrices, ADAM_WD for the rest",
+    "GRAD_ACCUM_STEPS": "set MICRO_BATCH_SLOTS, the ranks share its slots",
+    "CONTROL_TENSOR_NAME_PATTERNS": "parameter_role decides, unset it",
+    "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "parameter_role decides, unset it",
+} | dict.fromkeys(
+    ("MUON_BETA2", "MIXER_ETA", "PPM_ALPHA", "USE_CACHE", "CACHE_ALPHA"), "nothing ever read it, unset it"
+)
+
+
+def setting(default, doc: str, low=None, high=None, choices=None, stored: str = ""):
+    """Return a dataclass field with its rule: inclusive range, allowed values, and what artifacts store.
+
+    `stored` is "shape" where the weights depend on the value (it cannot differ from the artifact's) and
+    "scoring" where only the printed score does (the artifact's value is a default).
+    """
+    rule = {"doc": doc, "low": low, "high": high, "choices": choices, "stored": stored}
+    return dataclasses.field(default=default, metadata=rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All settings of a run. `Settings()` is the contest's baseline; `Settings.from_env` reads a mapping."""
+
+    # run and files
+    recipe: str = setting("baseline", "named row of overrides", choices=tuple(RECIPES))
+    data_path: str = setting(
+        "./data/datasets/fineweb10B_sp1024", "folder of *_train_*.bin, *_val_*.bin shards"
+    )
+    tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "tokenizer of the shards")
+    run_id: str = setting("", "name of the run; empty: recipe, seed and time of start")
+    run_dir: str = setting("", "folder for log, metrics, result and artifact; empty: runs/<RUN_ID>")
+    eval_only: str = setting("", "artifact to score instead of training one")
+    seed: int = setting(1337, "seed of every random number", 0, 2**31 - 1)
+    compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
+    attention: str = setting("auto", "attention kernel", choices=("auto", "sdpa", "fa3", "fa4"))
+    artifact_limit_bytes: int = setting(16_000_000, "limit for code and weights together", 1)
+    # training
+    iterations: int = setting(20_000, "optimizer steps at most", 1)
+    max_wallclock_seconds: float = setting(600.0, "training clock at most; 0: no limit", 0.0)
+    warmup_steps: int = setting(20, "steps before the clock, undone: they prime compiler and caches", 0)
+    warmdown_iters: int = setting(1_200, "steps of the final linear decay of the learning rates", 0)
+    train_batch_tokens: int = setting(524_288, "tokens of one step over all ranks", 1)
+    train_seq_len: int = setting(1_024, "tokens of one training sequence", 1, 2**20, stored="scoring")
+    micro_batch_slots: int = setting(8, "micro-batches of one step, shared out over the ranks", 1, 4_096)
+    data_lanes: int = setting(1, "places where the training stream is read side by side", 1, 2**20)
+    train_log_every: int = setting(200, "steps between train_loss lines; 0: first ten only", 0)
+    val_loss_every: int = setting(1_000, "steps between validations; 0: after the last step only", 0)
+    val_batch_size: int = setting(524_288, "validation tokens of MICRO_BATCH_SLOTS forward passes", 1)
+    # model
+    vocab_size: int = setting(1_024, "tokens in the vocabulary", 2, 2**16, stored="shape")
+    num_layers: int = setting(9, "transformer blocks", 1, 256, stored="shape")
+    model_dim: int = setting(512, "width of the residual stream", 2, 2**14, stored="shape")
+    num_heads: int = setting(8, "query heads", 1, 1_024, stored="shape")
+    num_kv_heads: int = setting(4, "key and value heads (grouped-query attention)", 1, 1_024, stored="shape")
+    mlp_mult: float = setting(2.0, "MLP width over MODEL_DIM", 0.01, 64.0, stored="shape")
+    tie_embeddings: bool = setting(True, "output matrix is the embedding", stored="shape")
+    logit_softcap: float = setting(30.0, "logits are c * tanh(logits / c)", 0.1, 1e4, stored="shape")
+    rope_base: float = setting(10_000.0, "base of the rotary frequencies", 1.0, 1e9, stored="shape")
+    qk_gain_init: float = setting(1.5, "initial gain of each query head", 0.0, 100.0)
+    tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding", 0.0, 10.0)
+    # optimizer
+    tied_embed_lr: float = setting(0.05, "Adam, embedding when tied", 0.0, 10.0)
+    embed_lr: float = setting(0.6, "Adam, embedding when not tied", 0.0, 10.0)
+    head_lr: float = setting(0.008, "Adam, output matrix when not tied", 0.0, 10.0)
+    matrix_lr: float = setting(0.04, "Muon, matrices of the blocks", 0.0, 10.0)
+    scalar_lr: float = setting(0.04, "Adam, gains, scales and mixes", 0.0, 10.0)
+    muon_momentum: float = setting(0.95, "Muon momentum after its ramp", 0.0, 0.9999)
+    muon_momentum_warmup_start: float = setting(0.85, "Muon momentum at step 0", 0.0, 0.9999)
+    muon_momentum_warmup_steps: int = setting(500, "length of the momentum ramp in steps", 0)
+    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1, 50)
+    muon_wd: float = setting(0.0, "decoupled weight decay of Muon matrices", 0.0, 10.0)
+    adam_wd: float = setting(0.0, "decoupled weight decay of all other parameters", 0.0, 10.0)
+    beta1: float = setting(0.9, "Adam, first moment", 0.0, 0.9999)
+    beta2: float = setting(0.95, "Adam, second moment", 0.0, 0.999999)
+    adam_eps: float = setting(1e-8, "Adam, denominator", 1e-16, 1.0)
+    grad_clip_norm: float = setting(0.0, "global norm of the averaged gradient at most; 0: off", 0.0)
+    # averaging, artifact, scoring
+    ema_decay: float = setting(0.997, "exponential average of the weights; 0: off", 0.0, 0.999999)
+    matrix_bits: int = setting(8, "bits of a quantized block matrix", choices=(5, 6, 8))
+    embed_bits: int = setting(8, "bits of quantized embedding and output matrix", choices=(5, 6, 8))
+    eval_seq_len: int = setting(0, "tokens of a scoring window; 0: TRAIN_SEQ_LEN", 0, 2**20, stored="scoring")
+    eval_stride: int = setting(64, "targets priced by each window but the first", 1, 2**20, stored="scoring")
+
+    @classmethod
+    def from_env(cls, mapping: Mapping[str, str], stored: Mapping[str, object] | None = None) -> Settings:
+        """Return the settings that `mapping` (variable -> text) asks for; `stored` are an artifact's values.
+
+        Raises SettingError naming variable, value, rule and remedy. Pure: looks at its arguments only.
+        """
+        fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
+        for name in sorted(mapping.keys() - fields.keys()):
+            if name in REFUSED_NAMES:
+                raise SettingError(f"{name}={mapping[name]!r} is not a setting here: {REFUSED_NAMES[name]}")
+            close = (
+                difflib.get_close_matches(name, sorted(fields), n=1, cutoff=0.85) if name.isupper() else ()
+            )
+            if close:
+                raise SettingError(
+                    f"{name}={mapping[name]!r} is not a setting; rename it to {close[0]} or unset it"
+                )
+        by_hand = {
+            name: parse_setting(fields[name], mapping[name]) for name in fields.keys() & mapping.keys()
+        }
+        recipe = RECIPES.get(by_hand.get("RECIPE", fields["RECIPE"].default), "")
+        row = dict(pair.split("=", 1) for pair in recipe.split())
+        values = {name: parse_setting(fields[name], text) for name, text in row.items()}
+        for name, value in (stored or {}).items():
+            values[name.upper()] = value
+            if (
+                fields[name.upper()].metadata["stored"] == "shape"
+                and by_hand.get(name.upper(), value) != value
+            ):
+                name = name.upper()
+                raise SettingError(
+                    f"{name}={by_hand[name]!r} contradicts the artifact's {value!r}; unset {name}"
+                )
+        return cls(**{name.lower(): value for name, value in (values | by_hand).items()})
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, rule, problem = getattr(self, field.name), field.metadata, ""
+            if rule["choices"] and value not in rule["choices"]:
+                problem = f"choose one of {', '.join(map(str, rule['choices']))}"
+            elif rule["low"] is not None and not value >= rule["low"]:
+                problem = f"raise it to {rule['low']} at least"
+            elif rule["high"] is not None and not value <= rule["high"]:
+                problem = f"lower it to {rule['high']} at most"
+            if problem:
+                raise SettingError(
+                    f"{field.name.upper()}={value!r} is not allowed ({rule['doc']}): {problem}"
+                )
+        row = self.micro_batch_slots * self.train_seq_len
+        val_row = self.micro_batch_slots * self.window
+        rules = (
+            ("MODEL_DIM", self.model_dim % self.num_heads, "a multiple of NUM_HEADS", self.num_heads),
+            (
+                "NUM_HEADS",
+                self.num_heads % self.num_kv_heads,
+                "a multiple of NUM_KV_HEADS",
+                self.num_kv_heads,
+            ),
+            ("MODEL_DIM", self.head_dim % 2, "an even multiple of NUM_HEADS", self.num_heads),
+            ("TRAIN_BATCH_TOKENS", self.train_batch_tokens % row, "a multiple of slots times sequence", row),
+            ("VAL_BATCH_SIZE", self.val_batch_size < val_row, "at least MICRO_BATCH_SLOTS windows", val_row),
+            ("EVAL_STRIDE", self.eval_stride > self.window, "at most the scoring window", self.window),
+        )
+        for name, broken, rule, number in rules:
+            if broken:
+                value = getattr(self, name.lower())
+                raise SettingError(f"{name}={value!r} must be {rule}, {number}; change one of them")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        """Hidden width of an MLP."""
+        return max(1, round(self.mlp_mult * self.model_dim))
+
+    @property
+    def window(self) -> int:
+        """Tokens of one scoring window."""
+        return self.eval_seq_len or self.train_seq_len
+
+    def stored_values(self) -> dict[str, object]:
+        """Return what an artifact keeps: the settings its weights or its score depend on."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["stored"]}
+
+    def changed(self) -> dict[str, object]:
+        """Return the settings that differ from the defaults, by variable name."""
+        pairs = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {field.name.upper(): value for field, value in pairs if value != field.default}
+
+
+def parse_setting(field: dataclasses.Field, text: str):
+    """Return `text` as the type of `field`; a bool is 0 or 1 and nothing else, a number is finite."""
+    if field.type == "str":
+        return text
+    rule, convert = {
+        "bool": ("0 (off) or 1 (on)", {"0": False, "1": True}.__getitem__),
+        "int": ("a whole number", int),
+        "float": ("a finite number", float),
+    }[field.type]
+    try:
+        value = convert(text)
+        if math.isfinite(value):
+            return value
+    except (ValueError, KeyError):
+        pass
+    doc = field.metadata["doc"]
+    raise SettingError(f"{field.name.upper()}={text!r} is not {rule}; the default is {field.default} ({doc})")
+
+
+# ============================================================================================================
+# 2 PROCESS AND LOG. In: torchrun's variables and the run folder. Out: `Process` (rank, device, sums over ranks),
+# `Log` (console, run.log, metrics.jsonl), `Clock`. Rank 0 alone writes; ranks agree on time and failure over a
+# CPU channel, so agreeing never waits for the GPU.
+# ============================================================================================================
+
+TORCHRUN_NAMES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """This process among its ranks. With one rank every method is the identity."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add `tensor` over all ranks, in place, and return it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def agree(self, elapsed_ms: float, failure: RunError | None) -> float:
+        """Return rank 0's `elapsed_ms` on every rank; raise on every rank if any rank brings a `failure`."""
+        if self.world_size == 1:
+            if failure:
+                raise failure
+            return elapsed_ms
+        mine = [elapsed_ms if self.is_main else 0.0, float(failure is not None)]
+        shared = torch.tensor(mine, dtype=torch.float64)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        if shared[1]:
+            failures: list[RunError | None] = [None] * self.world_size
+            dist.all_gather_object(failures, failure)
+            raise next(error for error in failures if error)
+        return float(shared[0])
+
+    def share(self, text: str) -> str:
+        """Return rank 0's `text` on every rank."""
+        box = [text]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def synchronize(self) -> None:
+        """Wait until the device has done everything it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        """Return the context of every forward pass: bfloat16 autocast on CUDA, float32 on CPU (faster there)."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def progress(self, total: int, label: str) -> tqdm:
+        """Return a progress bar that shows on rank 0's terminal only."""
+        return tqdm(total=total, desc=label, leave=False, disable=not (self.is_main and sys.stderr.isatty()))
+
+
+@contextlib.contextmanager
+def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Process]:
+    """Yield this process; joins the group when torchrun set RANK and WORLD_SIZE, and leaves it at the end.
+
+    Raises SettingError where the ranks cannot share out MICRO_BATCH_SLOTS evenly.
+    """
+    texts = [mapping.get(name, default) for name, default in TORCHRUN_NAMES.items()]
+    if not all(text.isdigit() for text in texts) or int(texts[1]) < 1:
+        raise SettingError(
+            f"{', '.join(TORCHRUN_NAMES)} are {texts}, not rank numbers; leave them to torchrun"
+        )
+    rank, world_size, local_rank = map(int, texts)
+    slots = settings.micro_batch_slots
+    if slots % world_size:
+        raise SettingError(
+            f"WORLD_SIZE={world_size} must divide MICRO_BATCH_SLOTS={slots}; change one of them"
+        )
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    else:
+        device = torch.device("cpu")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.manual_seed(settings.seed)
+    if "RANK" in mapping and "WORLD_SIZE" in mapping:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Process(rank, world_size, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Log:
+    """Lines for people (console and run.log) and one JSON object per event (metrics.jsonl); rank 0 only."""
+
+    def __init__(self, process: Process, run_dir: Path) -> None:
+        names = ("run.log", "metrics.jsonl") if process.is_main else ()
+        if names:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        self.files = [open(run_dir / name, "w", encoding="utf-8", buffering=1) for name in names]
+
+    def line(self, text: str) -> None:
+        """Write `text` to the console and to run.log."""
+        if self.files:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+            self.files[0].write(text + "\n")
+
+    def event(self, event: str, line: str, **values: object) -> None:
+        """Write `line` for people and {"event": event, **values} for programs."""
+        self.line(line)
+        if self.files:
+            self.files[1].write(json.dumps({"event": event, **values}) + "\n")
+
+    def close(self) -> None:
+        """Close both files."""
+        for file in self.files:
+            file.close()
+
+
+class Clock:
+    """A stopwatch that waits for the device when it starts and stops, so that queued work counts where it belongs."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self.total_ms = 0.0
+        self.started: float | None = None
+
+    def start(self) -> None:
+        """Start, or go on."""
+        self.process.synchronize()
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        """Stop; time passes uncounted until the next start."""
+        self.process.synchronize()
+        self.total_ms = self.read_ms()
+        self.started = None
+
+    def read_ms(self) -> float:
+        """Return the milliseconds counted so far, without waiting for the device."""
+        return self.total_ms + (
+            0.0 if self.started is None else 1000.0 * (time.perf_counter() - self.started)
+        )
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` under a temporary name beside `path`, then rename: `path` is never half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ============================================================================================================
+# 3 DATA. In: shard files, a tokenizer, perhaps a manifest.json written by data/text.py. Out: `Dataset`: training
+# batches as a pure function of (step, slot), the validation tokens, and the bytes of each validation target.
+# Every header, length and token id is checked before a token reaches the device. Bytes are those of the raw documents:
+# where a manifest states them, they must be matched exactly.
+# ============================================================================================================
+
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER_BYTES = 1024
+MARKER_ID = 1  # begin-of-document token of the contest's shards and of data/text.py
+WORD_START = "\u2581"  # SentencePiece writes a space like this
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, as hexadecimal text."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shard_header(tokens: int) -> bytes:
+    """Return the 1,024-byte header of a shard of `tokens` tokens: 256 little-endian int32."""
+    return struct.pack("<3i", SHARD_MAGIC, SHARD_VERSION, tokens).ljust(SHARD_HEADER_BYTES, b"\0")
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """Return a shard's tokens, memory-mapped uint16; raises DataError naming the file and what is wrong with it."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(SHARD_HEADER_BYTES)
+    magic, version, tokens = struct.unpack("<3i", head[:12].ljust(12, b"\0"))
+    expected = SHARD_HEADER_BYTES + 2 * tokens
+    if magic != SHARD_MAGIC:
+        raise DataError(f"{path}: magic number {magic} is not {SHARD_MAGIC}; this is not a token shard")
+    if version != SHARD_VERSION:
+        raise DataError(f"{path}: shard version {version} is not {SHARD_VERSION}; make the shard anew")
+    if tokens < 0 or size != expected:
+        raise DataError(f"{path}: {size} bytes are not the {expected} of its {tokens} tokens; get it anew")
+    if tokens == 0:
+        return np.zeros(0, dtype="<u2")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,))
+
+
+def find_shards(folder: Path, split: str) -> list[Path]:
+    """Return the shards of `split` ("train" or "val") in name order; raises DataError where there are none."""
+    paths = sorted(folder.glob(f"*_{split}_*.bin"))
+    if not paths:
+        remedy = "run `python data/text.py` (any text) or `python data/fineweb.py` (the contest's)"
+        raise DataError(f"DATA_PATH={folder}: no *_{split}_*.bin shard there; {remedy}, or set DATA_PATH")
+    return paths
+
+
+def check_token_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
+    """Raise DataError where a token id is not in the vocabulary."""
+    largest = int(tokens.max()) if tokens.size else 0
+    if largest >= vocab_size:
+        raise DataError(
+            f"{where}: token id {largest} is not below VOCAB_SIZE={vocab_size}; set it, or mend the shard"
+        )
+
+
+class TokenStream:
+    """Training tokens as one endless stream over all shards; a batch is a pure function of its number.
+
+    The stream is cut into `lanes` equal lanes that are read side by side: sequence q is row q // lanes of lane
+    q % lanes. One lane is the contest's order; more lanes put distant documents into one small batch.
+    """
+
+    def __init__(self, paths: list[Path], settings: Settings) -> None:
+        self.paths = paths
+        self.shards = [open_shard(path) for path in paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.total = int(self.ends[-1])
+        self.settings = settings
+        if self.total <= settings.train_seq_len:
+            raise SettingError(
+                f"TRAIN_SEQ_LEN={settings.train_seq_len} must be below the {self.total} training tokens in "
+                f"{paths[0].parent}; lower it or bring more text"
+            )
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Return `count` tokens from position `start` on, int32, going on at the first shard after the last."""
+        pieces = []
+        while count:
+            start %= self.total
+            index = int(np.searchsorted(self.ends, start, side="right"))
+            shard = self.shards[index]
+            offset = start - (int(self.ends[index]) - len(shard))
+            piece = shard[offset : offset + count]
+            check_token_ids(piece, self.settings.vocab_size, str(self.paths[index]))
+            pieces.append(piece)
+            start, count = start + len(piece), count - len(piece)
+        return np.concatenate(pieces).astype(np.int32)
+
+    def batch(self, step: int, slot: int) -> Tensor:
+        """Return micro-batch `slot` of `step`: (B, T + 1) int32, inputs and targets overlapping by T."""
+        s = self.settings
+        count = s.train_batch_tokens // s.micro_batch_slots // s.train_seq_len
+        sequences = range(
+            (step * s.micro_batch_slots + slot) * count, (step * s.micro_batch_slots + slot + 1) * count
+        )
+        lane_starts = [(q % s.data_lanes) * (self.total // s.data_lanes) for q in sequences]
+        starts = [
+            start + q // s.data_lanes * s.train_seq_len
+            for start, q in zip(lane_starts, sequences, strict=True)
+        ]
+        return torch.from_numpy(np.stack([self.read(start, s.train_seq_len + 1) for start in starts]))
+
+
+class ByteTable(NamedTuple):
+    """Bytes of a token: base[y], plus one where leading_space[y] holds and the token before is not a boundary."""
+
+    base: np.ndarray
+    leading_space: np.ndarray
+    boundary: np.ndarray
+
+    def lengths(self, previous: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """Return the bytes of each `target` token after `previous`, both of shape (N,), as int64 (N,)."""
+        return self.base[target] + (self.leading_space[target] & ~self.boundary[previous])
+
+
+class Tokenizer:
+    """Bytes to token ids and back, exactly, around a SentencePiece model or the contest's pure byte tokenizer."""
+
+    def __init__(self, source: bytes, name: str) -> None:
+        """`source`: the file's content; `name`: its path, .json for pure bytes and anything else for SentencePiece."""
+        self.source = source
+        self.suffix = Path(name).suffix
+        self.sha256 = hashlib.sha256(source).hexdigest()
+        self.model = None
+        try:
+            if self.suffix == ".json":
+                offset = int(json.loads(source)["config"]["byte_offset"])
+                self.pieces = [b""] * offset + [bytes([value]) for value in range(256)]
+                self.contest_table = self.exact_table()
+            else:
+                self.model = sentencepiece.SentencePieceProcessor(model_proto=source)
+                self.pieces = [self._piece(token) for token in range(self.model.vocab_size())]
+                self.contest_table = self._contest_table()
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{name}: not a SentencePiece model or a pure byte tokenizer; get it anew"
+            ) from error
+        self.byte_ids = {
+            piece[0]: token for token, piece in reversed(list(enumerate(self.pieces))) if len(piece) == 1
+        }
+        if self.model is not None:
+            byte_tokens = filter(self.model.is_byte, range(len(self.pieces)))
+            self.byte_ids = {self.pieces[token][0]: token for token in byte_tokens}
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Read the tokenizer at `path`; raises DataError where it is missing or not a tokenizer."""
+        if not path.is_file():
+            raise DataError(
+                f"TOKENIZER_PATH={path}: no such file; set it to the tokenizer that made the shards"
+            )
+        return cls(path.read_bytes(), str(path))
+
+    def _piece(self, token: int) -> bytes:
+        """Return the raw bytes of a token: markers none, byte pieces one, others their text with U+2581 as space."""
+        if self.model.is_control(token) or self.model.is_unknown(token) or self.model.is_unused(token):
+            return b""
+        text = self.model.id_to_piece(token)
+        return (
+            bytes([int(text[3:5], 16)])
+            if self.model.is_byte(token)
+            else text.replace(WORD_START, " ").encode()
+        )
+
+    def exact_table(self) -> ByteTable:
+        """Return the table whose sums are the bytes of the raw documents."""
+        none = np.zeros(len(self.pieces), dtype=bool)
+        return ByteTable(np.array([len(piece) for piece in self.pieces], dtype=np.int64), none, none)
+
+    def _contest_table(self) -> ByteTable:
+        """Return the contest's table, in which a space that follows a marker is free (parameter-golf train_gpt.py)."""
+        table = ByteTable(*(np.zeros(len(self.pieces), dtype=kind) for kind in (np.int64, bool, bool)))
+        for token, piece in enumerate(self.pieces):
+            text = self.model.id_to_piece(token)
+            table.boundary[token] = not piece
+            table.leading_space[token] = bool(piece) and text.startswith(WORD_START)
+            table.base[token] = len(text.removeprefix(WORD_START).encode()) if len(piece) > 1 else len(piece)
+            if piece == b" " and table.leading_space[token]:
+                table.base[token] = 0
+        return table
+
+    def encode(self, data: bytes) -> list[int]:
+        """Return token ids with `decode(encode(data)) == data` for any bytes, invalid UTF-8 included.
+
+        A stretch that the model would not give back identically is emitted as byte pieces.
+        """
+        text = data.decode("utf-8", errors="surrogateescape")
+        ids: list[int] = []
+        # A literal U+2581 would come back as a space, and an undecodable byte is not text at all: bytes for both.
+        for index, stretch in enumerate(re.split(f"([{WORD_START}\udc80-\udcff]+)", text)):
+            if index % 2 or self.model is None:
+                ids.extend(self._encode_bytes(stretch))
+                continue
+            whole = self.model.encode(stretch)
+            if self.decode(whole) == stretch.encode():
+                ids.extend(whole)
+                continue
+            for part in re.split(r"([^\S ]+| {2,})", stretch):
+                ids.extend(self._encode_exactly(part))
+        return ids
+
+    def _encode_exactly(self, text: str) -> list[int]:
+        """Encode one stretch, replacing by byte pieces whatever the model's normalisation would change."""
+        whole = self.model.encode(text)
+        if self.decode(whole) == text.encode():
+            return whole
+        if len(text) == 1:
+            return self._encode_bytes(text)
+        # Cut behind the last space of the first half where there is one, so that words stay whole.
+        cut = text.rfind(" ", 1, len(text) // 2 + 1)
+        cut = cut if cut > 0 else len(text) // 2
+        return self._encode_exactly(text[:cut]) + self._encode_exactly(text[cut:])
+
+    def _encode_bytes(self, text: str) -> list[int]:
+        try:
+            return [self.byte_ids[value] for value in text.encode("utf-8", errors="surrogateescape")]
+        except KeyError as error:
+            raise DataError(
+                f"the tokenizer has no piece for byte {error}; use one with byte fallback"
+            ) from error
+
+    def decode(self, ids) -> bytes:
+        """Return the bytes of a sequence of token ids; markers give none."""
+        pieces = self.pieces
+        return b"".join([pieces[token] for token in ids])
+
+
+class Dataset(NamedTuple):
+    """What a run reads: training stream (None when only scoring), validation tokens, target bytes, tokenizer."""
+
+    train: TokenStream | None
+    val_tokens: np.ndarray  # (N + 1,) uint16
+    target_bytes: np.ndarray  # (N,) int64, bytes of each validation target
+    tokenizer: Tokenizer
+    manifest: dict | None
+    hashes: dict[str, str]
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """Return the manifest.json that data/text.py left in `folder`, or None; raises DataError where it is damaged."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        for split in ("train", "val"):
+            _ = int(manifest["splits"][split]["bytes"]), str(manifest["splits"][split]["sha256"])
+        _ = str(manifest["tokenizer"]["sha256"]), bool(manifest["tokenizer"]["trained_here"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: not a manifest of data/text.py ({error!r}); make the dataset anew"
+        ) from error
+    return manifest
+
+
+def shards_sha256(paths: list[Path]) -> str:
+    """Return the SHA-256 over the SHA-256s of a split's shards, in name order."""
+    return hashlib.sha256("".join(file_sha256(path) for path in paths).encode()).hexdigest()
+
+
+def load_dataset(settings: Settings, tokenizer: Tokenizer | None = None) -> Dataset:
+    """Open everything under DATA_PATH and check it; `tokenizer`: the one an artifact carries, if it carries one.
+
+    Raises DataError where a file is missing or damaged, where tokenizer, vocabulary and shards do not fit together, or
+    where the tokens' bytes are not the bytes of the raw documents that the manifest counted.
+    """
+    folder = Path(settings.data_path)
+    manifest = read_manifest(folder)
+    tokenizer = tokenizer or Tokenizer.load(Path(settings.tokenizer_path))
+    if len(tokenizer.pieces) != settings.vocab_size:
+        raise DataError(
+            f"TOKENIZER_PATH={settings.tokenizer_path} has {len(tokenizer.pieces)} pieces, "
+            f"VOCAB_SIZE={settings.vocab_size}; they must be equal"
+        )
+    if manifest and manifest["tokenizer"]["sha256"] != tokenizer.sha256:
+        raise DataError(
+            f"{folder / 'manifest.json'}: the shards were made with another tokenizer than the run's; set TOKENIZER_PATH"
+        )
+    val_paths = find_shards(folder, "val")
+    shards = [open_shard(path) for path in val_paths]
+    for path, shard in zip(val_paths, shards, strict=True):
+        check_token_ids(shard, settings.vocab_size, str(path))
+    val_tokens = shards[0] if len(shards) == 1 else np.concatenate(shards)
+    if len(val_tokens) < 2:
+        raise DataError(
+            f"{val_paths[0]}: {len(val_tokens)} validation tokens leave nothing to score; bring more text"
+        )
+    hashes = {"val_sha256": shards_sha256(val_paths), "tokenizer_sha256": tokenizer.sha256}
+    table = tokenizer.exact_table() if manifest else tokenizer.contest_table
+    target_bytes = table.lengths(val_tokens[:-1], val_tokens[1:])
+    if manifest:
+        check_manifest(
+            folder / "manifest.json", manifest, hashes["val_sha256"], int(table.base[val_tokens].sum())
+        )
+        hashes["train_sha256"] = manifest["splits"]["train"]["sha256"]
+    train = None if settings.eval_only else TokenStream(find_shards(folder, "train"), settings)
+    return Dataset(train, val_tokens, target_bytes, tokenizer, manifest, hashes)
+
+
+def check_manifest(path: Path, manifest: dict, val_sha256: str, val_bytes: int) -> None:
+    """Raise DataError unless the validation shards are those of the manifest and their tokens have its raw bytes."""
+    stated = manifest["splits"]["val"]
+    if stated["sha256"] != val_sha256:
+        raise DataError(f"{path}: the validation shards are not the ones it describes; make the dataset anew")
+    if stated["bytes"] != val_bytes:
+        raise DataError(
+            f"{path}: raw validation documents have {stated['bytes']} bytes, their tokens {val_bytes}; "
+            f"bits per byte would be wrong, make the dataset anew"
+        )
+
+
+# ============================================================================================================
+# 4 MODEL. In: token ids (B, T). Out: logits (B, T, V); the one body is `GPT.logits`, and training, scoring and
+# everything later call it. Letters: B batch, T time, H query heads, K key/value heads, D channels, V vocabulary.
+# Parameter names are the contest's, so weights can be compared. Guards causality: no position sees a later one.
+# ============================================================================================================
+
+NORM_EPSILON = (
+    1.19e-7  # float32 machine epsilon, written out: the default of F.rms_norm varies with version and dtype
+)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) over the last axis, without a learned gain."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPSILON).to(x.dtype)
+
+
+def rotary_tables(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of the rotary angles, each (length, head_dim / 2) float32 (RoPE, arXiv 2104.09864)."""
+    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+    return angles.cos().float(), angles.sin().float()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (B, H, T, D) by position; channel i pairs with channel i + D / 2."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos[: x.size(-2)].to(x.dtype), sin[: x.size(-2)].to(x.dtype)
+    return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with normalised, gained queries; the output projection starts at zero."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = settings.num_heads, settings.num_kv_heads
+        kv_dim = settings.num_kv_heads * settings.head_dim
+        self.c_q = nn.Linear(settings.model_dim, settings.model_dim, bias=False)
+        self.c_k = nn.Linear(settings.model_dim, kv_dim, bias=False)
+        self.c_v = nn.Linear(settings.model_dim, kv_dim, bias=False)
+        self.proj = nn.Linear(settings.model_dim, settings.model_dim, bias=False)
+        self.q_gain = nn.Parameter(torch.full((settings.num_heads,), settings.qk_gain_init))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Return the attention branch for x (B, T, D)."""
+        B, T, D = x.shape
+        q = self.c_q(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, D / H)
+        k = self.c_k(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)  # (B, K, T, D / H)
+        v = self.c_v(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
+        q = apply_rotary(rms_norm(q), cos, sin) * self.q_gain.to(q.dtype)[:, None, None]
+        k = apply_rotary(rms_norm(k), cos, sin)
+        y = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=self.num_heads != self.num_kv_heads
+        )
+        return self.proj(y.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    """Two matrices around relu squared; the second starts at zero."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.fc = nn.Linear(settings.model_dim, settings.mlp_dim, bias=False)
+        self.proj = nn.Linear(settings.mlp_dim, settings.model_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the MLP branch for x (B, T, D)."""
+        return self.proj(F.relu(self.fc(x)).square())
+
+
+class Block(nn.Module):
+    """Attention and MLP on a residual stream that can take in the embedding again (`resid_mix`)."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.attn = Attention(settings)
+        self.mlp = MLP(settings)
+        self.attn_scale = nn.Parameter(torch.ones(settings.model_dim))
+        self.mlp_scale = nn.Parameter(torch.ones(settings.model_dim))
+        self.resid_mix = nn.Parameter(
+            torch.stack((torch.ones(settings.model_dim), torch.zeros(settings.model_dim)))
+        )
+
+    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Return the stream after this block; x and x0 (the embedding) are (B, T, D)."""
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x), cos, sin)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
+
+
+class GPT(nn.Module):
+    """The contest's transformer: U-Net skips from the first half of the blocks to the second, soft-capped logits."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.logit_softcap = settings.logit_softcap
+        self.num_skips = settings.num_layers // 2
+        self.tok_emb = nn.Embedding(settings.vocab_size, settings.model_dim)
+        nn.init.normal_(self.tok_emb.weight, std=settings.tied_embed_init_std)
+        self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.num_layers))
+        self.skip_weights = nn.Parameter(torch.ones(self.num_skips, settings.model_dim))
+        self.lm_head = None
+        if not settings.tie_embeddings:
+            self.lm_head = nn.Linear(settings.model_dim, settings.vocab_size, bias=False)
+            nn.init.zeros_(self.lm_head.weight)
+        for block in self.blocks:
+            nn.init.zeros_(block.attn.proj.weight)
+            nn.init.zeros_(block.mlp.proj.weight)
+        length = max(settings.train_seq_len, settings.window)
+        cos, sin = rotary_tables(length, settings.head_dim, settings.rope_base)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def logits(self, ids: Tensor, last: int | None = None) -> Tensor:
+        """Return logits (B, T, V) in float32 for ids (B, T), or (B, last, V) for the last positions only."""
+        x = rms_norm(self.tok_emb(ids))
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x0 = x
+        skips: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
+            if index < self.num_skips:
+                x = block(x, x0, self.cos, self.sin)
+                skips.append(x)
+                continue
+            if skips:
+                x = x + self.skip_weights[index - self.num_skips].to(x.dtype) * skips.pop()
+            x = block(x, x0, self.cos, self.sin)
+        x = rms_norm(x if last is None else x[:, x.size(1) - last :])
+        head = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
+        # Dividing before the product spares a pass over (B, T, V).
+        return self.logit_softcap * torch.tanh(F.linear(x / self.logit_softcap, head).float())
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean cross entropy in nats of targets (B, T) after ids (B, T)."""
+        return F.cross_entropy(self.logits(ids).flatten(0, 1), targets.flatten())
+
+
+def parameter_role(name: str, parameter: Tensor) -> str:
+    """Return "embedding", "head", "matrix" or "scalar": the one table behind optimizer groups and bit widths."""
+    if name.startswith("tok_emb."):
+        return "embedding"
+    if name.startswith("lm_head."):
+        return "head"
+    return "matrix" if parameter.ndim == 2 and name.endswith(".weight") else "scalar"
+
+
+def try_attention_kernel(name: str, device: torch.device) -> None:
+    """Switch scaled_dot_product_attention to kernel `name` and compare it with PyTorch's own; raises if it fails.
+
+    Compares output and gradients of a small causal grouped-query case in bfloat16.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = ((2, 8, 128, 64), (2, 4, 128, 64), (2, 4, 128, 64))
+
+    def results() -> list[Tensor]:
+        generator.manual_seed(0)
+        inputs = [torch.randn(s, device=device, dtype=torch.bfloat16, generator=generator) for s in shapes]
+        inputs = [tensor.requires_grad_() for tensor in inputs]
+        output = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+        return [output, *torch.autograd.grad(output.float().square().sum(), inputs)]
+
+    expected = results()
+    torch.nn.attention.activate_flash_attention_impl(name.upper())
+    for got, want in zip(results(), expected, strict=True):
+        error = (got.float() - want.float()).norm() / want.float().norm()
+        if not error < 0.02:
+            raise RuntimeError(f"differs from PyTorch's kernel by {float(error):.3g} of its norm")
+
+
+def select_attention(settings: Settings, process: Process, log: Log) -> None:
+    """Choose the kernel under scaled_dot_product_attention, and say which and why; ATTENTION=fa3|fa4 must work."""
+    candidates = {"auto": ("fa3", "fa4"), "sdpa": ()}.get(settings.attention, (settings.attention,))
+    if process.device.type != "cuda":
+        if settings.attention in ("fa3", "fa4"):
+            raise SettingError(
+                f"ATTENTION={settings.attention} needs a CUDA device, there is none; use auto or sdpa"
+            )
+        candidates = ()
+    reasons = []
+    for name in candidates:
+        try:
+            try_attention_kernel(name, process.device)
+        except (
+            Exception
+        ) as error:  # a prototype kernel may fail in any way: whatever it is, the next one is tried
+            getattr(torch.nn.attention, "restore_flash_attention_impl", lambda: None)()
+            reasons.append(
+                f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
+        else:
+            log.line(f"attention:{name} reason:agrees with PyTorch's own kernel")
+            return
+    if settings.attention in ("fa3", "fa4"):
+        raise SettingError(
+            f"ATTENTION={settings.attention} does not work here ({reasons[0]}); "
+            f"install requirements-gpu.txt or use ATTENTION=auto"
+        )
+    log.line(
+        f"attention:sdpa reason:{'; '.join(reasons) or 'chosen' if candidates else 'PyTorch picks its kernel'}"
+    )
+
+
+# ============================================================================================================
+# 5 OPTIMIZER. In: gradients summed over slots and ranks. Out: weights one step on. Muon (Newton-Schulz) for the blocks'
+# matrices, AdamW for the rest; every parameter is in exactly one group. Schedules are pure functions of step and clock.
+# The step queues work and never waits for the device.
+# ============================================================================================================
+
+
+def learning_rate_scale(step: int, elapsed_ms: float, settings: Settings) -> float:
+    """Return the factor on every learning rate: 1, then linear to 0 over the last WARMDOWN_ITERS steps.
+
+    Under a wall-clock limit, steps still to come are estimated from the mean step so far (parameter-golf baseline).
+    """
+    if settings.warmdown_iters == 0:
+        return 1.0
+    by_steps = (settings.iterations - step) / settings.warmdown_iters
+    if settings.max_wallclock_seconds == 0:
+        return min(1.0, max(0.0, by_steps))
+    remaining_ms = max(1000.0 * settings.max_wallclock_seconds - elapsed_ms, 0.0)
+    warmdown_ms = settings.warmdown_iters * elapsed_ms / max(step, 1)
+    return remaining_ms / warmdown_ms if remaining_ms <= warmdown_ms and warmdown_ms > 0 else 1.0
+
+
+def muon_momentum(step: int, settings: Settings) -> float:
+    """Return Muon's momentum at `step`: linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM."""
+    ramp = (
+        min(step / settings.muon_momentum_warmup_steps, 1.0) if settings.muon_momentum_warmup_steps else 1.0
+    )
+    return (1 - ramp) * settings.muon_momentum_warmup_start + ramp * settings.muon_momentum
+
+
+def orthogonalize(update: Tensor, steps: int) -> Tensor:
+    """Return matrices (..., R, C) pushed towards the nearest orthogonal ones by `steps` Newton-Schulz iterations.
+
+    The quintic of Muon ("zeropower_via_newtonschulz5"); singular values end near 1, not at it. bfloat16 on CUDA,
+    float32 on CPU, where bfloat16 is slower.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = update.to(torch.bfloat16 if update.is_cuda else torch.float32)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x
+
+
+class Muon:
+    """Momentum, Newton-Schulz, update; matrices of one shape go through as one batch, shared out over the ranks.
+
+    Update: buffer = momentum * buffer + gradient; u = orthogonalize(gradient + momentum * buffer);
+    p = (1 - lr * decay) * p - lr * sqrt(max(1, rows / columns)) * u (Keller Jordan's Muon). Rank r orthogonalizes the
+    matrices r, r + W, ... of each shape; one sum over ranks gives all of them to everybody.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], settings: Settings, process: Process) -> None:
+        self.process, self.steps, self.decay = process, settings.muon_backend_steps, settings.muon_wd
+        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        for matrix in matrices:
+            shapes.setdefault(matrix.shape, []).append(matrix)
+        self.groups = list(shapes.values())
+        self.momenta = [
+            torch.zeros(
+                len(group[process.rank :: process.world_size]), *group[0].shape, device=process.device
+            )
+            for group in self.groups
+        ]
+        dtype = torch.bfloat16 if process.device.type == "cuda" else torch.float32
+        self.flat = torch.zeros(sum(m.numel() for m in matrices), device=process.device, dtype=dtype)
+        sizes = [len(group) * group[0].numel() for group in self.groups]
+        views = self.flat.split(sizes)
+        self.updates = [v.view(len(g), *g[0].shape) for v, g in zip(views, self.groups, strict=True)]
+
+    @torch.no_grad()
+    def step(self, lr: float, momentum: float) -> None:
+        """Update every matrix from its gradient."""
+        rank, world_size = self.process.rank, self.process.world_size
+        if world_size > 1:
+            self.flat.zero_()
+        for group, buffer, update in zip(self.groups, self.momenta, self.updates, strict=True):
+            own = group[rank::world_size]
+            if own:
+                gradient = torch.stack([matrix.grad for matrix in own])
+                buffer.mul_(momentum).add_(gradient)
+                update[rank::world_size] = orthogonalize(gradient.add_(buffer, alpha=momentum), self.steps)
+        self.process.sum(self.flat)
+        for group, update in zip(self.groups, self.updates, strict=True):
+            rows, columns = group[0].shape
+            if self.decay:
+                torch._foreach_mul_(group, 1 - lr * self.decay)
+            changes = list(update.to(torch.float32).unbind())
+            torch._foreach_add_(group, changes, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+
+
+class Optimizers:
+    """All parameters' gradients in one flat buffer, and the two optimizers that read them.
+
+    The buffer's last element carries the loss, so that one sum over ranks averages gradients and loss together.
+    """
+
+    def __init__(self, model: GPT, settings: Settings, process: Process) -> None:
+        self.settings, self.process = settings, process
+        named = list(model.named_parameters())
+        roles: dict[str, list[nn.Parameter]] = {"embedding": [], "head": [], "matrix": [], "scalar": []}
+        for name, parameter in named:
+            roles[parameter_role(name, parameter)].append(parameter)
+        assert (
+            sum(map(len, roles.values()))
+            == len(named)
+            == len({id(p) for group in roles.values() for p in group})
+        )
+        self.flat = torch.zeros(sum(p.numel() for _, p in named) + 1, device=process.device)
+        views = self.flat[:-1].split([parameter.numel() for _, parameter in named])
+        for (_, parameter), view in zip(named, views, strict=True):
+            parameter.grad = view.view_as(parameter)
+        embed_lr = settings.tied_embed_lr if settings.tie_embeddings else settings.embed_lr
+        rates = {"embedding": embed_lr, "head": settings.head_lr, "scalar": settings.scalar_lr}
+        groups = [{"params": roles[role], "base_lr": rate} for role, rate in rates.items() if roles[role]]
+        self.adam = torch.optim.AdamW(
+            groups,
+            lr=0.0,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.adam_eps,
+            weight_decay=settings.adam_wd,
+            fused=process.device.type == "cuda",
+        )
+        self.muon = Muon(roles["matrix"], settings, process)
+
+    def gather(self, model, batches: list[Tensor]) -> Tensor:
+        """Fill the gradient buffer from this rank's micro-batches and all other ranks'; return the mean loss, ()."""
+        self.flat.zero_()
+        for batch in batches:
+            ids = batch.to(self.process.device, non_blocking=True).long()
+            with self.process.precision():
+                loss = model(ids[:, :-1], ids[:, 1:])
+            loss.backward()
+            self.flat[-1] += loss.detach()
+        self.process.sum(self.flat)
+        self.flat /= self.settings.micro_batch_slots
+        return self.flat[-1].clone()
+
+    def step(self, scale: float, momentum: float) -> None:
+        """Clip, then update every parameter; `scale` multiplies every learning rate."""
+        if self.settings.grad_clip_norm:
+            norm = self.flat[:-1].norm()
+            self.flat[:-1] *= (self.settings.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        for group in self.adam.param_groups:
+            group["lr"] = group["base_lr"] * scale
+        self.adam.step()
+        self.muon.step(self.settings.matrix_lr * scale, momentum)
+
+
+# ============================================================================================================
+# 6 AVERAGING. In: the weights after every step. Out: the weights that are exported. The average lives on the training
+# device in float32; how far it moved the weights is measured and logged, so an average that does nothing is seen.
+# ============================================================================================================
+
+
+class Ema:
+    """Exponential moving average: after each step, average = decay * average + (1 - decay) * weights; 0 is off."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.count = decay, 0
+        self.live = dict(model.named_parameters())
+        self.average = {name: p.detach().float().clone() for name, p in self.live.items()} if decay else {}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights as they are now."""
+        if self.decay:
+            torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), 1 - self.decay)
+            self.count += 1
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return what to export: the average, or the weights themselves when averaging is off."""
+        return self.average or {name: parameter.detach() for name, parameter in self.live.items()}
+
+    def moved(self) -> float:
+        """Return |average - weights| / |weights| over all parameters."""
+        pairs = [
+            (value.double(), self.live[name].detach().double()) for name, value in self.weights().items()
+        ]
+        change = sum(float((average - live).square().sum()) for average, live in pairs)
+        return math.sqrt(change / sum(float(live.square().sum()) for _, live in pairs))
+
+
+# ============================================================================================================
+# 7 QUANTIZATION AND ARTIFACT. In: weights. Out: one file, and the weights that come back from it. The file describes
+# itself: magic, version, JSON header (settings, tensors, tokenizer), one zstd frame, SHA-256 of all before it. No pickle,
+# no time, path or host: same weights, same bytes. A file that is not exactly right is refused with a message, before
+# anything of the size it claims is allocated.
+# ============================================================================================================
+
+ARTIFACT_MAGIC = b"GOLFGPT\n"
+ARTIFACT_VERSION = 1
+ARTIFACT_PREFIX = struct.Struct("<8sII")  # magic, version, bytes of the header
+MAX_HEADER_BYTES = 1_000_000
+MAX_PAYLOAD_BYTES = 2**30
+# Kind of a stored tensor: bits per value, or the floating-point type it is kept in. Row scales are float16.
+QUANTIZED_KINDS = {"int8": 8, "int6": 6, "int5": 5}
+FLOAT_KINDS = {"float32": np.dtype("<f4")}
+SCALE_TYPE = np.dtype("<f2")
+SMALLEST_SCALE = 2.0**-24  # least positive float16
+
+
+def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return (integers int8 of weight's shape, scales float16 (rows,)): symmetric, one scale per row of (R, C).
+
+    Restored values are off by at most half a scale (and half the smallest scale for rows near zero).
+    """
+    limit = 2 ** (bits - 1) - 1
+    scale = (weight.float().abs().amax(dim=1) / limit).clamp(min=SMALLEST_SCALE).to(torch.float16)
+    integers = (weight.float() / scale.float()[:, None]).round().clamp(-limit, limit)
+    return integers.to(torch.int8), scale
+
+
+def restore_rows(integers: Tensor, scale: Tensor) -> Tensor:
+    """Return the float32 weights that `quantize_rows` stood for."""
+    return integers.float() * scale.float()[:, None]
+
+
+def tensor_kind(name: str, tensor: Tensor, settings: Settings) -> str:
+    """Return how a parameter is stored: matrices and embeddings quantized, gains and mixes in float32."""
+    role = parameter_role(name, tensor)
+    if role == "scalar":
+        return "float32"
+    return f"int{settings.matrix_bits if role == 'matrix' else settings.embed_bits}"
+
+
+def byte_planes(array: np.ndarray) -> bytes:
+    """Return all first bytes, then all second bytes, ...: floats compress better that way."""
+    return np.ascontiguousarray(array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T).tobytes()
+
+
+def from_byte_planes(data: bytes, dtype: np.dtype) -> np.ndarray:
+    """Undo `byte_planes`."""
+    planes = np.frombuffer(data, np.uint8).reshape(dtype.itemsize, -1)
+    return np.ascontiguousarray(planes.T).reshape(-1).view(dtype)
+
+
+def compress_smallest(payload: bytes) -> bytes:
+    """Return the shortest of a few zstd frames, each with content size and checksum.
+
+    No level is best on quantized weights: 22 varies by several percent, 1 (Huffman almost alone) is steady.
+    """
+    base = zstandard.ZstdCompressionParameters.from_level
+    candidates = [base(level, source_size=len(payload), write_checksum=True) for level in (1, 19, 22)]
+    candidates.append(base(19, source_size=len(payload), min_match=7, write_checksum=True))
+    frames = [
+        zstandard.ZstdCompressor(compression_params=parameters).compress(payload) for parameters in candidates
+    ]
+    return min(frames, key=len)
+
+
+class Artifact(NamedTuple):
+    """What comes back from an artifact file."""
+
+    settings: dict[str, object]
+    weights: dict[str, Tensor]
+    tokenizer: Tokenizer | None  # embedded; None where the file only names it by hash
+    tokenizer_sha256: str
+    sha256: str
+    size: int
+
+
+def pack_artifact(weights: dict[str, Tensor], settings: Settings, tokenizer: Tokenizer, embed: bool) -> bytes:
+    """Return the artifact file of `weights`; `embed`: carry the tokenizer itself, not only its hash.
+
+    Raises NonFiniteError where a weight is not a finite number of float16's range.
+    """
+    tensors, integers, scales, floats = [], [], [], []
+    for name, tensor in weights.items():
+        kind, tensor = tensor_kind(name, tensor, settings), tensor.detach().cpu()
+        tensors.append([name, list(tensor.shape), kind])
+        if kind in QUANTIZED_KINDS:
+            values, scale = quantize_rows(tensor, QUANTIZED_KINDS[kind])
+            integers.append(values.numpy().tobytes())
+            scales.append(scale.numpy().astype(SCALE_TYPE))
+        else:
+            scale = tensor
+            floats.append(tensor.float().numpy().astype(FLOAT_KINDS[kind]).reshape(-1))
+        if not bool(torch.isfinite(scale).all()):
+            raise NonFiniteError(
+                f"{name}: weights are not finite numbers below 65504 per scale; lower the learning rate"
+            )
+    embedded = tokenizer.source if embed else b""
+    groups = [byte_planes(np.concatenate(arrays)) for arrays in (scales, floats) if arrays]
+    payload = b"".join([*integers, *groups, embedded])
+    header = {
+        "settings": settings.stored_values(),
+        "tensors": tensors,
+        "tokenizer": {"sha256": tokenizer.sha256, "suffix": tokenizer.suffix, "bytes": len(embedded)},
+    }
+    header_bytes = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
+    prefix = ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(header_bytes))
+    body = prefix + header_bytes + compress_smallest(payload)
+    return body + hashlib.sha256(body).digest()
+
+
+def read_artifact(path: Path) -> Artifact:
+    """Read and check an artifact file; raises DataError naming the file and what is wrong with it."""
+    try:
+        if path.stat().st_size > MAX_PAYLOAD_BYTES:
+            raise DataError(
+                f"{path}: {path.stat().st_size} bytes are more than any artifact has; not an artifact"
+            )
+        data = path.read_bytes()
+        return unpack_artifact(data)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); set EVAL_ONLY to an artifact.bin"
+        ) from error
+    except (ValueError, KeyError, TypeError, RecursionError, zstandard.ZstdError) as error:
+        raise DataError(f"{path}: not a valid artifact ({error}); get it anew") from error
+
+
+def unpack_artifact(data: bytes) -> Artifact:
+    """Return the content of an artifact file; raises ValueError (or a kind of it) with the reason it is refused."""
+    if data[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
+        raise ValueError("it does not start with an artifact's magic bytes")
+    if len(data) < ARTIFACT_PREFIX.size + 32:
+        raise ValueError("it is truncated")
+    _, version, header_size = ARTIFACT_PREFIX.unpack_from(data)
+    if version != ARTIFACT_VERSION:
+        raise ValueError(f"format version {version}, this script reads version {ARTIFACT_VERSION}")
+    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise ValueError("its SHA-256 does not match: truncated or altered")
+    header_end = ARTIFACT_PREFIX.size + header_size
+    if header_size > MAX_HEADER_BYTES or header_end > len(data) - 32:
+        raise ValueError(f"a header of {header_size} bytes does not fit")
+    header = json.loads(data[ARTIFACT_PREFIX.size : header_end])
+    settings = stored_settings(header["settings"])
+    tensors = check_tensors(header["tensors"], settings)
+    embedded_size = int(header["tokenizer"]["bytes"])
+    sizes = {"integers": 0, "scales": 0, "floats": 0, "tokenizer": embedded_size}
+    for _, shape, kind in tensors:
+        count = math.prod(shape)
+        sizes["integers"] += count if kind in QUANTIZED_KINDS else 0
+        sizes["scales"] += shape[0] * SCALE_TYPE.itemsize if kind in QUANTIZED_KINDS else 0
+        sizes["floats"] += 0 if kind in QUANTIZED_KINDS else count * FLOAT_KINDS[kind].itemsize
+    if not 0 <= embedded_size <= sum(sizes.values()) <= MAX_PAYLOAD_BYTES:
+        raise ValueError(f"its header needs {sum(sizes.values())} bytes, more than any artifact has")
+    payload = io.BytesIO(expand_frame(data[header_end:-32], sum(sizes.values())))
+    blocks = {name: payload.read(size) for name, size in sizes.items()}
+    tokenizer = Tokenizer(blocks["tokenizer"], header["tokenizer"]["suffix"]) if embedded_size else None
+    if tokenizer and tokenizer.sha256 != header["tokenizer"]["sha256"]:
+        raise ValueError("its tokenizer is not the one its header names")
+    weights = unpack_tensors(tensors, blocks)
+    sha256 = hashlib.sha256(data).hexdigest()
+    return Artifact(
+        settings.stored_values(), weights, tokenizer, header["tokenizer"]["sha256"], sha256, len(data)
+    )
+
+
+def stored_settings(values: Mapping[str, object]) -> Settings:
+    """Return Settings with an artifact's stored values; raises ValueError unless exactly those are there and valid."""
+    expected = Settings().stored_values()
+    if not isinstance(values, dict) or values.keys() != expected.keys():
+        raise ValueError("its header does not hold the settings that this script stores")
+    for name, default in expected.items():
+        if type(values[name]) is not type(default):
+            raise ValueError(f"its header gives {name} as {values[name]!r}")
+    try:
+        # Batch sizes play no part in an artifact: one window, one slot satisfies their rules.
+        window = max(int(values["train_seq_len"]), int(values["eval_seq_len"]))
+        batch = {
+            "train_batch_tokens": values["train_seq_len"],
+            "val_batch_size": window,
+            "micro_batch_slots": 1,
+        }
+        return Settings(**{**values, **batch})
+    except SettingError as error:
+        raise ValueError(f"its header is not valid: {error}") from error
+
+
+def check_tensors(tensors: list, settings: Settings) -> list[tuple[str, list[int], str]]:
+    """Return the header's tensor list, or raise ValueError unless it is the one that `settings` call for.
+
+    The model is built on the meta device: shapes without memory.
+    """
+    with torch.device("meta"):
+        expected = {name: list(parameter.shape) for name, parameter in GPT(settings).named_parameters()}
+    if {name: shape for name, shape, _ in tensors} != expected or len(tensors) != len(expected):
+        raise ValueError("its tensors are not those of the model that its settings describe")
+    for name, shape, kind in tensors:
+        if kind not in FLOAT_KINDS and (kind not in QUANTIZED_KINDS or len(shape) != 2):
+            raise ValueError(f"tensor {name} is stored as {kind!r}, which this script does not know")
+    return tensors
+
+
+def expand_frame(frame: bytes, size: int) -> bytes:
+    """Return the `size` bytes that a zstd frame holds; raises ValueError where it holds, or claims, another number."""
+    claimed = zstandard.frame_content_size(frame)
+    if claimed != size:
+        raise ValueError(f"its frame claims {claimed} bytes, its header needs {size}")
+    # Read in pieces: memory grows with what is really there, not with what the frame claims.
+    reader = zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(io.BytesIO(frame))
+    pieces, length = [], 0
+    while length <= size and (piece := reader.read(2**20)):
+        pieces.append(piece)
+        length += len(piece)
+    if length != size:
+        raise ValueError(f"its frame holds {length} bytes, its header needs {size}")
+    return b"".join(pieces)
+
+
+def unpack_tensors(tensors: list[tuple[str, list[int], str]], blocks: dict[str, bytes]) -> dict[str, Tensor]:
+    """Return the float32 weights that the payload's blocks stand for."""
+    integers = np.frombuffer(blocks["integers"], np.int8)
+    scales = from_byte_planes(blocks["scales"], SCALE_TYPE)
+    floats = from_byte_planes(blocks["floats"], FLOAT_KINDS["float32"])
+    weights = {}
+    for name, shape, kind in tensors:
+        count = math.prod(shape)
+        if kind in QUANTIZED_KINDS:
+            values, integers = integers[:count].reshape(shape), integers[count:]
+            scale, scales = scales[: shape[0]], scales[shape[0] :]
+            weights[name] = restore_rows(torch.from_numpy(values.copy()), torch.from_numpy(scale.copy()))
+        else:
+            values, floats = floats[:count].reshape(shape), floats[count:]
+            weights[name] = torch.from_numpy(values.copy())
+    return weights
+
+
+# ============================================================================================================
+# 8 NEURAL SCORING. In: a model and a token stream. Out: `ScoredChunk`s, and from them, through one `Ledger`, val_loss and
+# val_bpb. `plan_windows` prices every target exactly once, whatever the total; the ledger counts and refuses otherwise.
+# Nats become bits here and nowhere else.
+# ============================================================================================================
+
+
+def plan_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
+    """Return the scoring windows of `total` targets, (windows, 3) int64: start, first, stop.
+
+    A window reads the inputs start ... stop - 1 (at most seq_len) and prices the targets first ... stop - 1, counted
+    from 0; target i follows input i. The first window prices all of its targets, each later one the next `stride`,
+    with as much context as fits; the last ends at `total`. Pure.
+    """
+    opening = min(seq_len, total)
+    stops = np.concatenate(([opening], np.arange(opening + stride, total + stride, stride).clip(max=total)))
+    stops = stops[: 1 + -(-(total - opening) // stride)].astype(np.int64)
+    firsts = np.concatenate(([0], stops[:-1]))
+    starts = np.maximum(stops - seq_len, 0)
+    return np.stack((starts, firsts, stops), axis=1)[: len(stops) if total else 0]
+
+
+class ScoredChunk(NamedTuple):
+    """Some targets and their price: all (n,), on the device; target i of the stream is tokens[i + 1]."""
+
+    positions: Tensor  # int64, which targets
+    targets: Tensor  # int64, their token ids
+    logp: Tensor  # float32, log-probability of the target in nats
+    entropy: Tensor  # float32, entropy of the whole distribution in nats
+
+
+def score_stream(
+    logits, tokens: np.ndarray, seq_len: int, stride: int, batch: int, process: Process, label: str
+) -> Iterator[ScoredChunk]:
+    """Yield this rank's share of all targets of `tokens` (N + 1,), `batch` windows at a time.
+
+    `logits(ids, last)` is GPT.logits or its compiled twin. Every pass has one of two shapes: opening windows hand out
+    all positions, later ones the last `stride`; short batches are padded with windows that nobody reads.
+    """
+    plan = plan_windows(len(tokens) - 1, seq_len, stride)[process.rank :: process.world_size]
+    opens = plan[:, 1] == 0
+    with process.progress(len(plan), label) as bar:
+        for windows, last in ((plan[opens], seq_len), (plan[~opens], stride)):
+            rows = min(batch, len(windows))
+            for begin in range(0, len(windows), max(rows, 1)):
+                start, first, stop = windows[begin : begin + rows].T[:, :, None]
+                inputs = start + np.arange(seq_len)  # (rows, seq_len)
+                ids = np.where(inputs < stop, tokens[inputs.clip(max=len(tokens) - 1)], 0).astype(np.int32)
+                ids = np.concatenate((ids, np.zeros((rows - len(ids), seq_len), np.int32)))
+                kept = inputs[:, seq_len - last :]
+                wanted = np.flatnonzero((kept >= first) & (kept < stop))
+                positions = kept.reshape(-1)[wanted]
+                targets = torch.from_numpy(tokens[positions + 1].astype(np.int64)).to(process.device)
+                with torch.inference_mode(), process.precision():
+                    scores = logits(torch.from_numpy(ids).to(process.device).long(), last).flatten(0, 1)
+                    scores = scores.index_select(0, torch.from_numpy(wanted).to(process.device))
+                    logp = scores.log_softmax(dim=-1)
+                    entropy = -(logp.exp() * logp).sum(dim=-1)
+                    chosen = logp.gather(1, targets[:, None])[:, 0]
+                yield ScoredChunk(torch.from_numpy(positions).to(process.device), targets, chosen, entropy)
+                bar.update(len(windows[begin : begin + rows]))
+
+
+class Score(NamedTuple):
+    """The account of a scored stream."""
+
+    val_loss: float  # nats per token
+    val_bpb: float  # bits per byte
+    tokens: int
+    bytes: int
+
+
+class Ledger:
+    """The one place that turns nats, tokens and bytes into val_loss and val_bpb; float64 throughout."""
+
+    def __init__(self, target_bytes: np.ndarray, process: Process) -> None:
+        """`target_bytes` (N,): the bytes of each target of the stream."""
+        self.process = process
+        self.bytes = int(target_bytes.sum())
+        self.times_priced = torch.zeros(len(target_bytes), dtype=torch.uint8, device=process.device)
+        self.nats = torch.zeros((), dtype=torch.float64, device=process.device)
+
+    def add(self, chunk: ScoredChunk) -> None:
+        """Take in one chunk."""
+        self.times_priced.index_add_(0, chunk.positions, torch.ones_like(chunk.positions, dtype=torch.uint8))
+        self.nats -= chunk.logp.double().sum()
+
+    def close(self) -> Score:
+        """Return the account over all ranks; raises DataError unless every target was priced exactly once."""
+        nats = float(self.process.sum(self.nats))
+        times_priced = self.process.sum(self.times_priced)
+        wrong = int((times_priced != 1).sum())
+        if wrong:
+            raise DataError(
+                f"{wrong} of {len(times_priced)} targets were not priced exactly once; mend the window plan"
+            )
+        if not math.isfinite(nats):
+            raise NonFiniteError(f"the score is {nats} nats; the artifact's weights are unusable, train anew")
+        if self.bytes == 0:
+            raise DataError(
+                "the validation targets have no bytes; is this the tokenizer that made the shards?"
+            )
+        tokens = len(times_priced)
+        return Score(nats / tokens, nats / math.log(2) / self.bytes, tokens, self.bytes)
+
+
+def score(logits, dataset: Dataset, settings: Settings, stride: int, process: Process, label: str) -> Score:
+    """Score the validation stream with windows that advance by `stride`."""
+    ledger = Ledger(dataset.target_bytes, process)
+    stream = score_stream(
+        logits, dataset.val_tokens, settings.window, stride, settings.val_batch_size // settings.micro_batch_slots // settings.window, process, label
+    )
+    for chunk in stream:
+        ledger.add(chunk)
+    return ledger.close()
+
+
+# ============================================================================================================
+# 9 RUN. In: the environment. Out: a run folder (run.log, metrics.jsonl, result.json, artifact.bin), one last line, an exit
+# code. The steps hand over small results: train -> weights -> export -> artifact file -> evaluate -> result. What is
+# scored is always the file read back from disk.
+# ============================================================================================================
+
+LOSS_LAG_STEPS = (
+    2  # the host reads losses this many steps late, and so never waits for the step it just queued
+)
+RAW_TEXT_LIMIT = 8_000_000  # bytes up to which xz runs over the validation text for comparison
+
+
+class LossWatch:
+    """Reads each step's loss a few steps late and stops the run at one that is not finite."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self.pending: list[tuple[int, float, Tensor, torch.cuda.Event | None]] = []
+        self.last_good = math.nan
+
+    def push(self, step: int, scale: float, loss: Tensor) -> None:
+        """Queue the loss of `step` for reading; reads the one that is LOSS_LAG_STEPS older."""
+        event = None
+        if loss.is_cuda:
+            loss = torch.empty_like(loss, device="cpu", pin_memory=True).copy_(loss, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self.pending.append((step, scale, loss, event))
+        self.drain(LOSS_LAG_STEPS)
+
+    def drain(self, keep: int = 0) -> float:
+        """Read all but the newest `keep` losses and return the last one read; raises NonFiniteError."""
+        while len(self.pending) > keep:
+            step, scale, loss, event = self.pending.pop(0)
+            if event is not None:
+                event.synchronize()
+            value = float(loss)
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"step {step}: train_loss is {value} at learning-rate scale {scale:.4f}, the last good one was "
+                    f"{self.last_good:.4f}; lower the learning rates (MATRIX_LR, SCALAR_LR, TIED_EMBED_LR) or set "
+                    f"GRAD_CLIP_NORM"
+                )
+            self.last_good = value
+        return self.last_good
+
+
+class Trained(NamedTuple):
+    """What training hands over."""
+
+    weights: dict[str, Tensor]
+    steps: int
+    train_ms: float
+    last_loss: float
+    validation: Score  # of the raw weights, non-overlapping windows
+
+
+def load_batches(dataset: Dataset, step: int, settings: Settings, process: Process) -> list[Tensor]:
+    """Return this rank's micro-batches of `step`; the ranks share out the slots in order."""
+    slots = range(process.rank, settings.micro_batch_slots, process.world_size)
+    batches = [dataset.train.batch(step, slot) for slot in slots]
+    return [batch.pin_memory() for batch in batches] if process.device.type == "cuda" else batches
+
+
+def warm_up(model: GPT, forward, dataset: Dataset, settings: Settings, process: Process, log: Log) -> None:
+    """Run WARMUP_STEPS real steps before the clock, then restore the weights: compilers and caches are primed."""
+    saved = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizers = Optimizers(model, settings, process)
+    for step in range(settings.warmup_steps):
+        optimizers.gather(forward, load_batches(dataset, step, settings, process))
+        optimizers.step(1.0, settings.muon_momentum)
+        log.line(f"warmup_step:{step + 1}/{settings.warmup_steps}")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(saved[name])
+
+
+def train(
+    model: GPT, dataset: Dataset, settings: Settings, process: Process, log: Log, compiled: bool
+) -> Trained:
+    """Train until ITERATIONS or MAX_WALLCLOCK_SECONDS, whichever comes first; all ranks stop at the same step."""
+    forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+    logits = torch.compile(model.logits, dynamic=False) if compiled else model.logits
+    warm_up(model, forward, dataset, settings, process, log)
+    optimizers, ema = Optimizers(model, settings, process), Ema(model, settings.ema_decay)
+    clock, watch = Clock(process), LossWatch(process)
+    limit_ms = 1000.0 * settings.max_wallclock_seconds or math.inf
+    step, elapsed_ms = 0, 0.0
+    with process.progress(settings.iterations, "train") as bar:
+        clock.start()
+        while True:
+            finished = step == settings.iterations or elapsed_ms >= limit_ms
+            if finished or (settings.val_loss_every and step % settings.val_loss_every == 0):
+                clock.stop()
+                watch.drain()
+                validation = score(logits, dataset, settings, settings.window, process, "validate")
+                timing = f"train_time:{clock.total_ms:.0f}ms step_avg:{clock.total_ms / max(step, 1):.2f}ms"
+                log.event(
+                    "validation",
+                    f"step:{step}/{settings.iterations} val_loss:{validation.val_loss:.4f} "
+                    f"val_bpb:{validation.val_bpb:.4f} {timing}",
+                    step=step,
+                    val_loss=validation.val_loss,
+                    val_bpb=validation.val_bpb,
+                    train_time_ms=clock.total_ms,
+                )
+                if finished:
+                    break
+                clock.start()
+            failure, batches = None, []
+            try:
+                batches = load_batches(dataset, step, settings, process)
+            except DataError as error:
+                failure = error  # raised on every rank below, so that nobody waits for this one
+            scale = learning_rate_scale(step, elapsed_ms, settings)
+            loss = optimizers.gather(forward, batches)
+            optimizers.step(scale, muon_momentum(step, settings))
+            ema.update()
+            step += 1
+            elapsed_ms = process.agree(clock.read_ms(), failure)
+            watch.push(step, scale, loss)
+            bar.update()
+            if step <= 10 or (settings.train_log_every and step % settings.train_log_every == 0):
+                value = watch.drain()
+                log.event(
+                    "train",
+                    f"step:{step}/{settings.iterations} train_loss:{value:.4f} "
+                    f"train_time:{elapsed_ms:.0f}ms step_avg:{elapsed_ms / step:.2f}ms",
+                    step=step,
+                    train_loss=value,
+                    train_time_ms=elapsed_ms,
+                    learning_rate_scale=scale,
+                )
+    if step < settings.iterations:
+        log.line(
+            f"stopping_early: wallclock_cap train_time:{clock.total_ms:.0f}ms step:{step}/{settings.iterations}"
+        )
+    log.event(
+        "average",
+        f"ema:{'on' if ema.decay else 'off'} decay:{ema.decay} updates:{ema.count} moved:{ema.moved():.6f} of the weights",
+        updates=ema.count,
+        moved=ema.moved(),
+    )
+    return Trained(ema.weights(), step, clock.total_ms, watch.last_good, validation)
+
+
+def export(trained: Trained, dataset: Dataset, settings: Settings, process: Process, path: Path) -> None:
+    """Write the artifact on rank 0, and let the other ranks wait for it."""
+    failure = None
+    if process.is_main:
+        embed = bool(dataset.manifest and dataset.manifest["tokenizer"]["trained_here"])
+        try:
+            write_atomically(path, pack_artifact(trained.weights, settings, dataset.tokenizer, embed))
+        except RunError as error:
+            failure = error
+    process.agree(0.0, failure)
+
+
+def restore_model(artifact: Artifact, settings: Settings, process: Process) -> GPT:
+    """Return a fresh model with the artifact's weights."""
+    model = GPT(settings).to(process.device)
+    model.load_state_dict(artifact.weights)
+    return model.eval()
+
+
+def raw_validation_text(dataset: Dataset) -> bytes:
+    """Return the raw validation documents one after the other; empty where that is not known, or too much."""
+    if dataset.manifest is None or len(dataset.target_bytes) > RAW_TEXT_LIMIT:
+        return b""
+    return dataset.tokenizer.decode(dataset.val_tokens.tolist())
+
+
+def evaluate(
+    artifact: Artifact, dataset: Dataset, settings: Settings, process: Process, log: Log, compiled: bool
+) -> dict:
+    """Score the validation split with the model that the artifact holds; return the final numbers."""
+    clock = Clock(process)
+    clock.start()
+    model = restore_model(artifact, settings, process)
+    logits = torch.compile(model.logits, dynamic=False) if compiled else model.logits
+    final = score(logits, dataset, settings, settings.eval_stride, process, "score")
+    clock.stop()
+    log.event(
+        "final",
+        f"final_score: window:{settings.window} stride:{settings.eval_stride} tokens:{final.tokens} "
+        f"bytes:{final.bytes} val_loss:{final.val_loss:.8f} val_bpb:{final.val_bpb:.8f} eval_time:{clock.total_ms:.0f}ms",
+        **final._asdict(),
+        eval_time_ms=clock.total_ms,
+    )
+    text = raw_validation_text(dataset) if process.is_main else b""
+    xz_bpb = None
+    if text:
+        xz_bpb = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+        log.event(
+            "reference", f"reference: xz -9e on the same {len(text)} bytes: {xz_bpb:.4f} bpb", xz_bpb=xz_bpb
+        )
+    return {**final._asdict(), "eval_seconds": clock.total_ms / 1000, "xz_bpb": xz_bpb}
+
+
+def log_start(settings: Settings, process: Process, log: Log, notes: list[str]) -> str:
+    """Log what a reader needs to repeat the run; return the SHA-256 of this script."""
+    code_sha256 = file_sha256(Path(__file__))
+    changed = settings.changed()
+    for note in notes:
+        log.line(note)
+    log.event(
+        "settings",
+        "settings that differ from the defaults: "
+        + (" ".join(f"{name}={value}" for name, value in changed.items()) or "none"),
+        **dataclasses.asdict(settings),
+    )
+    if process.device.type == "cuda":
+        device = torch.cuda.get_device_name(process.device)
+    else:
+        device = f"cpu ({torch.get_num_threads()} threads, {platform.machine()})"
+    log.line(f"torch:{torch.__version__} python:{platform.python_version()} device:{device}")
+    log.line(f"world_size:{process.world_size} seed:{settings.seed} script_sha256:{code_sha256}")
+    return code_sha256
+
+
+def log_data(settings: Settings, dataset: Dataset, log: Log) -> None:
+    """Log what is trained on and what is scored."""
+    if dataset.train:
+        log.line(
+            f"train_loader:dataset:{settings.data_path} train_shards:{len(dataset.train.paths)} "
+            f"tokens:{dataset.train.total}"
+        )
+    log.line(f"val_loader:tokens:{len(dataset.val_tokens) - 1} bytes:{int(dataset.target_bytes.sum())}")
+    rule = "raw bytes of the manifest" if dataset.manifest else "the contest's table, no manifest"
+    log.line(f"val_bpb:enabled tokenizer_path={settings.tokenizer_path} bytes_rule={rule}")
+
+
+def train_and_export(
+    settings: Settings, process: Process, dataset: Dataset, log: Log, compiled: bool, path: Path
+) -> dict:
+    """Train a model, write its artifact to `path`; return the numbers of training."""
+    torch.manual_seed(settings.seed)
+    model = GPT(settings).to(process.device)
+    log.line(f"model_params:{sum(parameter.numel() for parameter in model.parameters())}")
+    trained = train(model, dataset, settings, process, log, compiled)
+    if process.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(process.device) // 2**20
+        log.line(f"peak memory allocated: {peak} MiB")
+    export(trained, dataset, settings, process, path)
+    return {
+        "steps": trained.steps,
+        "train_seconds": trained.train_ms / 1000,
+        "train_loss": trained.last_loss,
+        "training_val_loss": trained.validation.val_loss,
+        "training_val_bpb": trained.validation.val_bpb,
+    }
+
+
+def run(settings: Settings, process: Process, run_dir: Path, log: Log, notes: list[str]) -> dict:
+    """Do the whole run; return all final numbers. Raises RunError."""
+    code_sha256 = log_start(settings, process, log, notes)
+    select_attention(settings, process, log)
+    compiled = process.device.type == "cuda" if settings.compile == "auto" else settings.compile == "1"
+    path = Path(settings.eval_only) if settings.eval_only else run_dir / "artifact.bin"
+    carried = read_artifact(path).tokenizer if settings.eval_only else None
+    dataset = load_dataset(settings, carried)
+    log_data(settings, dataset, log)
+    training = {"steps": 0, "train_seconds": 0.0}
+    if not settings.eval_only:
+        training = train_and_export(settings, process, dataset, log, compiled, path)
+    artifact = read_artifact(path)
+    if artifact.tokenizer_sha256 != dataset.tokenizer.sha256:
+        raise DataError(
+            f"TOKENIZER_PATH={settings.tokenizer_path}: {path} was made with another tokenizer; set its own"
+        )
+    code_bytes = Path(__file__).stat().st_size
+    total_bytes = code_bytes + artifact.size
+    log.event(
+        "artifact",
+        f"artifact:{path} weights:{artifact.size} bytes code:{code_bytes} bytes total:{total_bytes} bytes "
+        f"limit:{settings.artifact_limit_bytes} bytes",
+        weight_bytes=artifact.size,
+        code_bytes=code_bytes,
+        total_bytes=total_bytes,
+    )
+    final = evaluate(artifact, dataset, settings, process, log, compiled)
+    sizes = {"artifact_bytes": artifact.size, "code_bytes": code_bytes, "total_bytes": total_bytes}
+    hashes = {**dataset.hashes, "artifact_sha256": artifact.sha256, "script_sha256": code_sha256}
+    result = {**final, **training, **sizes, "hashes": hashes}
+    log.event(
+        "result",
+        f"final val_bpb:{result['val_bpb']:.8f} val_loss:{result['val_loss']:.8f} artifact_bytes:{artifact.size} "
+        f"train_seconds:{result['train_seconds']:.1f} eval_seconds:{result['eval_seconds']:.1f}",
+        val_bpb=result["val_bpb"],
+        val_loss=result["val_loss"],
+    )
+    return result
+
+
+def run_and_record(settings: Settings, process: Process, notes: list[str]) -> int:
+    """Run, write result.json whatever happens, and return the exit code."""
+    run_dir = Path(
+        process.share(
+            settings.run_dir or f"runs/{settings.run_id or time.strftime(default_run_id(settings))}"
+        )
+    )
+    if process.is_main:
+        (run_dir / "result.json").unlink(missing_ok=True)
+    log = Log(process, run_dir)
+    record: dict[str, object] = {"exit_code": 1, "run_id": run_dir.name, "recipe": settings.recipe}
+    record |= {"seed": settings.seed, "world_size": process.world_size, "settings": settings.changed()}
+    try:
+        record |= run(settings, process, run_dir, log, notes)
+        record["exit_code"] = 0
+        if record["total_bytes"] > settings.artifact_limit_bytes:
+            raise SizeError(
+                f"code and weights have {record['total_bytes']} bytes, ARTIFACT_LIMIT_BYTES="
+                f"{settings.artifact_limit_bytes} allows fewer; make the model smaller or lower MATRIX_BITS"
+            )
+    except RunError as error:
+        record |= {"exit_code": error.exit_code, "error": str(error)}
+        log.line(f"error: {error}")
+    except KeyboardInterrupt as interrupt:
+        code = 143 if interrupt.args else 130
+        record |= {"exit_code": code, "error": "interrupted"}
+        log.line(f"error: interrupted, exit code {code}; nothing half-written is left in {run_dir}")
+    finally:
+        if process.is_main:
+            write_atomically(run_dir / "result.json", (json.dumps(record, indent=2) + "\n").encode())
+        log.close()
+    return record["exit_code"]
+
+
+def default_run_id(settings: Settings) -> str:
+    """Return the strftime pattern of a run without RUN_ID."""
+    return f"{settings.recipe}-seed{settings.seed}-%Y%m%d-%H%M%S"
+
+
+def main(environment: Mapping[str, str]) -> int:
+    """Run what `environment` asks for and return the exit code."""
+    mapping, notes = dict(environment), []
+    if "RECIPE" not in mapping and not torch.cuda.is_available():
+        mapping["RECIPE"] = "cpu"
+        notes.append("RECIPE is not set and there is no CUDA device: RECIPE=cpu")
+    try:
+        stored = read_artifact(Path(mapping["EVAL_ONLY"])).settings if mapping.get("EVAL_ONLY") else None
+        settings = Settings.from_env(mapping, stored)
+        with open_process(mapping, settings) as process:
+            return run_and_record(settings, process, notes)
+    except RunError as error:
+        if mapping.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt as interrupt:
+        return 143 if interrupt.args else 130
+
+
+def terminate(*_: object) -> None:
+    """Turn SIGTERM into the interrupt that every stage already cleans up after."""
+    raise KeyboardInterrupt("SIGTERM")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminate)
+    sys.exit(main(os.environ))

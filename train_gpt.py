@@ -66,9 +66,9 @@ from tqdm import tqdm
 
 # ============================================================================================================
 # 1 SETTINGS. In: a mapping of environment variables. Out: `Settings`, frozen, complete, checked.
-# Field `train_batch_tokens` is variable TRAIN_BATCH_TOKENS; names are the contest's. Precedence: a variable set
-# by hand, then what an artifact stores (EVAL_ONLY), then the recipe's row, then the default. Nothing here looks
-# at devices, files or the clock, so a bad setting stops the run before anything else happens.
+# Field `train_batch_tokens` is variable TRAIN_BATCH_TOKENS; names are the contest's. Precedence: a variable
+# set by hand, then what an artifact stores (EVAL_ONLY), then the recipe's row, then the default. Nothing here
+# looks at devices, files or the clock, so a bad setting stops the run before anything else happens.
 # ============================================================================================================
 
 
@@ -325,9 +325,9 @@ def parse_setting(field: dataclasses.Field, text: str):
 
 
 # ============================================================================================================
-# 2 PROCESS AND LOG. In: torchrun's variables and the run folder. Out: `Process` (rank, device, sums over ranks),
-# `Log` (console, run.log, metrics.jsonl), `Clock`. Rank 0 alone writes; ranks agree on time and failure over a
-# CPU channel, so agreeing never waits for the GPU.
+# 2 PROCESS AND LOG. In: torchrun's variables, the run folder. Out: `Process` (rank, device, sums over ranks),
+# `Log` (console, run.log, metrics.jsonl), `Clock`. Rank 0 alone writes; ranks agree on time and failure over
+# a CPU channel, so agreeing never waits for the GPU.
 # ============================================================================================================
 
 TORCHRUN_NAMES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -380,7 +380,7 @@ class Process:
             torch.cuda.synchronize(self.device)
 
     def precision(self) -> contextlib.AbstractContextManager:
-        """Return the context of every forward pass: bfloat16 autocast on CUDA, float32 on CPU (faster there)."""
+        """Return the context of a forward pass: bfloat16 autocast on CUDA; float32 on CPU, faster there."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def progress(self, total: int, label: str) -> tqdm:
@@ -445,14 +445,24 @@ class Log:
         if self.files:
             self.files[1].write(json.dumps({"event": event, **values}) + "\n")
 
-    def close(self) -> None:
-        """Close both files."""
+    def step(self, event: str, step: int, total: int, train_time_ms: float, **values: float) -> None:
+        """Write a step's numbers in the contest's line shape."""
+        numbers = " ".join(f"{name}:{value:.4f}" for name, value in values.items())
+        timing = f"train_time:{train_time_ms:.0f}ms step_avg:{train_time_ms / max(step, 1):.2f}ms"
+        line = f"step:{step}/{total} {numbers} {timing}"
+        self.event(event, line, step=step, train_time_ms=train_time_ms, **values)
+
+    def close(self, error: object = None) -> None:
+        """Write the error that ended the run, if one did (rank 0's console: stderr), and close both files."""
         for file in self.files:
+            if error and file is self.files[0]:
+                print(f"error: {error}", file=sys.stderr)
+                file.write(f"error: {error}\n")
             file.close()
 
 
 class Clock:
-    """A stopwatch that waits for the device when it starts and stops, so that queued work counts where it belongs."""
+    """A stopwatch that waits for the device at start and stop: queued work counts where it belongs."""
 
     def __init__(self, process: Process) -> None:
         self.process = process
@@ -489,10 +499,10 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 # ============================================================================================================
-# 3 DATA. In: shard files, a tokenizer, perhaps a manifest.json written by data/text.py. Out: `Dataset`: training
-# batches as a pure function of (step, slot), the validation tokens, and the bytes of each validation target.
-# Every header, length and token id is checked before a token reaches the device. Bytes are those of the raw documents:
-# where a manifest states them, they must be matched exactly.
+# 3 DATA. In: shard files, a tokenizer, perhaps a manifest.json of data/text.py. Out: `Dataset`: training
+# batches as a pure function of (step, slot), validation tokens, the bytes of each validation target. Every
+# header, length and token id is checked before a token reaches the device. Bytes are those of the raw
+# documents: where a manifest states them, they must be met exactly.
 # ============================================================================================================
 
 SHARD_MAGIC = 20240520
@@ -508,17 +518,21 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def shards_sha256(paths: list[Path]) -> str:
+    """Return the SHA-256 over the SHA-256s of a split's shards, in name order."""
+    return hashlib.sha256("".join(map(file_sha256, paths)).encode()).hexdigest()
+
+
 def shard_header(tokens: int) -> bytes:
     """Return the 1,024-byte header of a shard of `tokens` tokens: 256 little-endian int32."""
     return struct.pack("<3i", SHARD_MAGIC, SHARD_VERSION, tokens).ljust(SHARD_HEADER_BYTES, b"\0")
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """Return a shard's tokens, memory-mapped uint16; raises DataError naming the file and what is wrong with it."""
+    """Return a shard's tokens, memory-mapped uint16; raises DataError naming the file and its fault."""
     size = path.stat().st_size
     with open(path, "rb") as file:
-        head = file.read(SHARD_HEADER_BYTES)
-    magic, version, tokens = struct.unpack("<3i", head[:12].ljust(12, b"\0"))
+        magic, version, tokens = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
     expected = SHARD_HEADER_BYTES + 2 * tokens
     if magic != SHARD_MAGIC:
         raise DataError(f"{path}: magic number {magic} is not {SHARD_MAGIC}; this is not a token shard")
@@ -532,7 +546,7 @@ def open_shard(path: Path) -> np.ndarray:
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
-    """Return the shards of `split` ("train" or "val") in name order; raises DataError where there are none."""
+    """Return the shards of `split` ("train" or "val") in name order; raises DataError without any."""
     paths = sorted(folder.glob(f"*_{split}_*.bin"))
     if not paths:
         remedy = "run `python data/text.py` (any text) or `python data/fineweb.py` (the contest's)"
@@ -540,44 +554,38 @@ def find_shards(folder: Path, split: str) -> list[Path]:
     return paths
 
 
-def check_token_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
+def check_token_ids(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
     """Raise DataError where a token id is not in the vocabulary."""
-    largest = int(tokens.max()) if tokens.size else 0
+    largest = int(tokens.max(initial=0))
     if largest >= vocab_size:
-        raise DataError(
-            f"{where}: token id {largest} is not below VOCAB_SIZE={vocab_size}; set it, or mend the shard"
-        )
+        raise DataError(f"{path}: token id {largest} is not below VOCAB_SIZE={vocab_size}; mend one of them")
 
 
 class TokenStream:
     """Training tokens as one endless stream over all shards; a batch is a pure function of its number.
 
-    The stream is cut into `lanes` equal lanes that are read side by side: sequence q is row q // lanes of lane
+    The stream is cut into equal lanes that are read side by side: sequence q is row q // lanes of lane
     q % lanes. One lane is the contest's order; more lanes put distant documents into one small batch.
     """
 
     def __init__(self, paths: list[Path], settings: Settings) -> None:
-        self.paths = paths
+        self.paths, self.settings = paths, settings
         self.shards = [open_shard(path) for path in paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
-        self.total = int(self.ends[-1])
-        self.settings = settings
-        if self.total <= settings.train_seq_len:
+        self.total, length = int(self.ends[-1]), settings.train_seq_len
+        if self.total <= length:
             raise SettingError(
-                f"TRAIN_SEQ_LEN={settings.train_seq_len} must be below the {self.total} training tokens in "
-                f"{paths[0].parent}; lower it or bring more text"
+                f"TRAIN_SEQ_LEN={length} is not below the {self.total} training tokens; lower it"
             )
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Return `count` tokens from position `start` on, int32, going on at the first shard after the last."""
+        """Return `count` tokens from position `start` on, int32; the first shard follows the last."""
         pieces = []
         while count:
             start %= self.total
             index = int(np.searchsorted(self.ends, start, side="right"))
-            shard = self.shards[index]
-            offset = start - (int(self.ends[index]) - len(shard))
-            piece = shard[offset : offset + count]
-            check_token_ids(piece, self.settings.vocab_size, str(self.paths[index]))
+            piece = self.shards[index][start - int(self.ends[index]) :][:count]
+            check_token_ids(piece, self.settings.vocab_size, self.paths[index])
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)
         return np.concatenate(pieces).astype(np.int32)
@@ -585,20 +593,14 @@ class TokenStream:
     def batch(self, step: int, slot: int) -> Tensor:
         """Return micro-batch `slot` of `step`: (B, T + 1) int32, inputs and targets overlapping by T."""
         s = self.settings
-        count = s.train_batch_tokens // s.micro_batch_slots // s.train_seq_len
-        sequences = range(
-            (step * s.micro_batch_slots + slot) * count, (step * s.micro_batch_slots + slot + 1) * count
-        )
-        lane_starts = [(q % s.data_lanes) * (self.total // s.data_lanes) for q in sequences]
-        starts = [
-            start + q // s.data_lanes * s.train_seq_len
-            for start, q in zip(lane_starts, sequences, strict=True)
-        ]
-        return torch.from_numpy(np.stack([self.read(start, s.train_seq_len + 1) for start in starts]))
+        rows = s.train_batch_tokens // s.micro_batch_slots // s.train_seq_len
+        q = np.arange(rows) + (step * s.micro_batch_slots + slot) * rows
+        starts = q % s.data_lanes * (self.total // s.data_lanes) + q // s.data_lanes * s.train_seq_len
+        return torch.from_numpy(np.stack([self.read(int(start), s.train_seq_len + 1) for start in starts]))
 
 
 class ByteTable(NamedTuple):
-    """Bytes of a token: base[y], plus one where leading_space[y] holds and the token before is not a boundary."""
+    """Bytes of token y after token x: base[y], plus 1 if leading_space[y] and not boundary[x]."""
 
     base: np.ndarray
     leading_space: np.ndarray
@@ -610,33 +612,24 @@ class ByteTable(NamedTuple):
 
 
 class Tokenizer:
-    """Bytes to token ids and back, exactly, around a SentencePiece model or the contest's pure byte tokenizer."""
+    """Bytes to token ids and back, exactly, by a SentencePiece model or the contest's pure byte tokenizer."""
 
     def __init__(self, source: bytes, name: str) -> None:
-        """`source`: the file's content; `name`: its path, .json for pure bytes and anything else for SentencePiece."""
-        self.source = source
-        self.suffix = Path(name).suffix
+        """`source`: the file's content; `name`: its path, *.json for pure bytes, else SentencePiece."""
+        self.source, self.suffix = source, Path(name).suffix
         self.sha256 = hashlib.sha256(source).hexdigest()
-        self.model = None
         try:
             if self.suffix == ".json":
-                offset = int(json.loads(source)["config"]["byte_offset"])
-                self.pieces = [b""] * offset + [bytes([value]) for value in range(256)]
-                self.contest_table = self.exact_table()
+                self.model = None
+                self.pieces = [b""] * int(json.loads(source)["config"]["byte_offset"])
+                self.pieces += [bytes([value]) for value in range(256)]
             else:
                 self.model = sentencepiece.SentencePieceProcessor(model_proto=source)
                 self.pieces = [self._piece(token) for token in range(self.model.vocab_size())]
-                self.contest_table = self._contest_table()
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{name}: not a SentencePiece model or a pure byte tokenizer; get it anew"
-            ) from error
-        self.byte_ids = {
-            piece[0]: token for token, piece in reversed(list(enumerate(self.pieces))) if len(piece) == 1
-        }
-        if self.model is not None:
-            byte_tokens = filter(self.model.is_byte, range(len(self.pieces)))
-            self.byte_ids = {self.pieces[token][0]: token for token in byte_tokens}
+            raise DataError(f"{name}: neither a SentencePiece model nor a pure byte tokenizer") from error
+        is_byte = self.model.is_byte if self.model else bool
+        self.byte_ids = {p[0]: token for token, p in enumerate(self.pieces) if p and is_byte(token)}
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -648,7 +641,7 @@ class Tokenizer:
         return cls(path.read_bytes(), str(path))
 
     def _piece(self, token: int) -> bytes:
-        """Return the raw bytes of a token: markers none, byte pieces one, others their text with U+2581 as space."""
+        """Return a token's raw bytes: markers none, byte pieces one, others text with U+2581 as space."""
         if self.model.is_control(token) or self.model.is_unknown(token) or self.model.is_unused(token):
             return b""
         text = self.model.id_to_piece(token)
@@ -658,22 +651,18 @@ class Tokenizer:
             else text.replace(WORD_START, " ").encode()
         )
 
-    def exact_table(self) -> ByteTable:
-        """Return the table whose sums are the bytes of the raw documents."""
-        none = np.zeros(len(self.pieces), dtype=bool)
-        return ByteTable(np.array([len(piece) for piece in self.pieces], dtype=np.int64), none, none)
+    def byte_table(self, exact: bool) -> ByteTable:
+        """Return the table that adds up to the raw documents (`exact`), or the contest's.
 
-    def _contest_table(self) -> ByteTable:
-        """Return the contest's table, in which a space that follows a marker is free (parameter-golf train_gpt.py)."""
-        table = ByteTable(*(np.zeros(len(self.pieces), dtype=kind) for kind in (np.int64, bool, bool)))
-        for token, piece in enumerate(self.pieces):
+        In the contest's a space that follows a marker is free (parameter-golf, build_sentencepiece_luts).
+        """
+        base = np.array([len(piece) for piece in self.pieces], dtype=np.int64)
+        leading_space, boundary = np.zeros(len(base), dtype=bool), base == 0
+        for token in [] if exact or self.model is None else np.flatnonzero(~boundary).tolist():
             text = self.model.id_to_piece(token)
-            table.boundary[token] = not piece
-            table.leading_space[token] = bool(piece) and text.startswith(WORD_START)
-            table.base[token] = len(text.removeprefix(WORD_START).encode()) if len(piece) > 1 else len(piece)
-            if piece == b" " and table.leading_space[token]:
-                table.base[token] = 0
-        return table
+            leading_space[token] = text.startswith(WORD_START)
+            base[token] = 1 if self.model.is_byte(token) else len(text.removeprefix(WORD_START).encode())
+        return ByteTable(base, leading_space, boundary)
 
     def encode(self, data: bytes) -> list[int]:
         """Return token ids with `decode(encode(data)) == data` for any bytes, invalid UTF-8 included.
@@ -682,38 +671,33 @@ class Tokenizer:
         """
         text = data.decode("utf-8", errors="surrogateescape")
         ids: list[int] = []
-        # A literal U+2581 would come back as a space, and an undecodable byte is not text at all: bytes for both.
+        # A literal U+2581 would come back as a space, an undecodable byte is not text: bytes for both.
         for index, stretch in enumerate(re.split(f"([{WORD_START}\udc80-\udcff]+)", text)):
-            if index % 2 or self.model is None:
-                ids.extend(self._encode_bytes(stretch))
-                continue
-            whole = self.model.encode(stretch)
-            if self.decode(whole) == stretch.encode():
-                ids.extend(whole)
-                continue
-            for part in re.split(r"([^\S ]+| {2,})", stretch):
-                ids.extend(self._encode_exactly(part))
+            ids.extend(self._encode_bytes(stretch) if index % 2 else self._encode_text(stretch))
         return ids
 
-    def _encode_exactly(self, text: str) -> list[int]:
-        """Encode one stretch, replacing by byte pieces whatever the model's normalisation would change."""
-        whole = self.model.encode(text)
-        if self.decode(whole) == text.encode():
-            return whole
-        if len(text) == 1:
+    def _encode_text(self, text: str) -> list[int]:
+        """Encode valid text; what normalisation would change is cut down until characters go as bytes."""
+        if self.model is None or not text:
             return self._encode_bytes(text)
-        # Cut behind the last space of the first half where there is one, so that words stay whole.
-        cut = text.rfind(" ", 1, len(text) // 2 + 1)
-        cut = cut if cut > 0 else len(text) // 2
-        return self._encode_exactly(text[:cut]) + self._encode_exactly(text[cut:])
+        ids = self.model.encode(text)
+        if self.decode(ids) == text.encode():
+            return ids
+        parts = [part for part in re.split(r"([^\S ]+| {2,})", text) if part]
+        if len(parts) == 1:
+            if len(text) == 1 or text.isspace():
+                return self._encode_bytes(text)
+            # One line of words: cut behind a space near the middle, so that words stay whole.
+            cut = text.rfind(" ", 1, len(text) // 2 + 1)
+            cut = cut if cut > 0 else len(text) // 2
+            parts = [text[:cut], text[cut:]]
+        return [token for part in parts for token in self._encode_text(part)]
 
     def _encode_bytes(self, text: str) -> list[int]:
-        try:
-            return [self.byte_ids[value] for value in text.encode("utf-8", errors="surrogateescape")]
-        except KeyError as error:
-            raise DataError(
-                f"the tokenizer has no piece for byte {error}; use one with byte fallback"
-            ) from error
+        data = text.encode("utf-8", errors="surrogateescape")
+        if missing := set(data) - self.byte_ids.keys():
+            raise DataError(f"the tokenizer has no piece for byte {min(missing)}; use one with byte fallback")
+        return [self.byte_ids[value] for value in data]
 
     def decode(self, ids) -> bytes:
         """Return the bytes of a sequence of token ids; markers give none."""
@@ -721,19 +705,8 @@ class Tokenizer:
         return b"".join([pieces[token] for token in ids])
 
 
-class Dataset(NamedTuple):
-    """What a run reads: training stream (None when only scoring), validation tokens, target bytes, tokenizer."""
-
-    train: TokenStream | None
-    val_tokens: np.ndarray  # (N + 1,) uint16
-    target_bytes: np.ndarray  # (N,) int64, bytes of each validation target
-    tokenizer: Tokenizer
-    manifest: dict | None
-    hashes: dict[str, str]
-
-
 def read_manifest(folder: Path) -> dict | None:
-    """Return the manifest.json that data/text.py left in `folder`, or None; raises DataError where it is damaged."""
+    """Return the manifest.json of data/text.py in `folder`, or None; raises DataError where it is damaged."""
     path = folder / "manifest.json"
     if not path.is_file():
         return None
@@ -749,66 +722,65 @@ def read_manifest(folder: Path) -> dict | None:
     return manifest
 
 
-def shards_sha256(paths: list[Path]) -> str:
-    """Return the SHA-256 over the SHA-256s of a split's shards, in name order."""
-    return hashlib.sha256("".join(file_sha256(path) for path in paths).encode()).hexdigest()
+class Dataset(NamedTuple):
+    """What a run reads; `train` is None where nothing is trained."""
+
+    train: TokenStream | None
+    val_tokens: np.ndarray  # (N + 1,) uint16
+    target_bytes: np.ndarray  # (N,) int64, bytes of each validation target
+    tokenizer: Tokenizer
+    manifest: dict | None
+    hashes: dict[str, str]
 
 
-def load_dataset(settings: Settings, tokenizer: Tokenizer | None = None) -> Dataset:
-    """Open everything under DATA_PATH and check it; `tokenizer`: the one an artifact carries, if it carries one.
+def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Dataset:
+    """Open everything under DATA_PATH and check it; `carried` is the tokenizer that came with an artifact.
 
-    Raises DataError where a file is missing or damaged, where tokenizer, vocabulary and shards do not fit together, or
-    where the tokens' bytes are not the bytes of the raw documents that the manifest counted.
+    Raises DataError where a file is missing or damaged, where tokenizer, vocabulary and shards do not fit
+    together, or where the tokens' bytes are not those of the raw documents that the manifest counted.
     """
     folder = Path(settings.data_path)
-    manifest = read_manifest(folder)
-    tokenizer = tokenizer or Tokenizer.load(Path(settings.tokenizer_path))
-    if len(tokenizer.pieces) != settings.vocab_size:
+    manifest, tokenizer = read_manifest(folder), carried or Tokenizer.load(Path(settings.tokenizer_path))
+    size = len(tokenizer.pieces)
+    if size != settings.vocab_size:
         raise DataError(
-            f"TOKENIZER_PATH={settings.tokenizer_path} has {len(tokenizer.pieces)} pieces, "
-            f"VOCAB_SIZE={settings.vocab_size}; they must be equal"
+            f"TOKENIZER_PATH has {size} pieces, VOCAB_SIZE={settings.vocab_size}; they must be equal"
         )
     if manifest and manifest["tokenizer"]["sha256"] != tokenizer.sha256:
         raise DataError(
-            f"{folder / 'manifest.json'}: the shards were made with another tokenizer than the run's; set TOKENIZER_PATH"
+            f"{folder}: its shards were made with another tokenizer than the run's; set TOKENIZER_PATH"
         )
-    val_paths = find_shards(folder, "val")
-    shards = [open_shard(path) for path in val_paths]
-    for path, shard in zip(val_paths, shards, strict=True):
-        check_token_ids(shard, settings.vocab_size, str(path))
+    paths = find_shards(folder, "val")
+    shards = [open_shard(path) for path in paths]
+    for path, shard in zip(paths, shards, strict=True):
+        check_token_ids(shard, settings.vocab_size, path)
     val_tokens = shards[0] if len(shards) == 1 else np.concatenate(shards)
     if len(val_tokens) < 2:
         raise DataError(
-            f"{val_paths[0]}: {len(val_tokens)} validation tokens leave nothing to score; bring more text"
+            f"{paths[0]}: {len(val_tokens)} validation tokens leave nothing to score; bring more text"
         )
-    hashes = {"val_sha256": shards_sha256(val_paths), "tokenizer_sha256": tokenizer.sha256}
-    table = tokenizer.exact_table() if manifest else tokenizer.contest_table
-    target_bytes = table.lengths(val_tokens[:-1], val_tokens[1:])
+    hashes = {"val_sha256": shards_sha256(paths), "tokenizer_sha256": tokenizer.sha256}
+    table = tokenizer.byte_table(exact=manifest is not None)
     if manifest:
-        check_manifest(
-            folder / "manifest.json", manifest, hashes["val_sha256"], int(table.base[val_tokens].sum())
-        )
+        stated, found = manifest["splits"]["val"], int(table.base[val_tokens].sum())
+        if stated["sha256"] != hashes["val_sha256"]:
+            raise DataError(
+                f"{folder}: manifest.json describes other validation shards; make the dataset anew"
+            )
+        if stated["bytes"] != found:
+            raise DataError(
+                f"{folder}: {stated['bytes']} raw validation bytes, but {found} in tokens; make it anew"
+            )
         hashes["train_sha256"] = manifest["splits"]["train"]["sha256"]
     train = None if settings.eval_only else TokenStream(find_shards(folder, "train"), settings)
+    target_bytes = table.lengths(val_tokens[:-1], val_tokens[1:])
     return Dataset(train, val_tokens, target_bytes, tokenizer, manifest, hashes)
 
 
-def check_manifest(path: Path, manifest: dict, val_sha256: str, val_bytes: int) -> None:
-    """Raise DataError unless the validation shards are those of the manifest and their tokens have its raw bytes."""
-    stated = manifest["splits"]["val"]
-    if stated["sha256"] != val_sha256:
-        raise DataError(f"{path}: the validation shards are not the ones it describes; make the dataset anew")
-    if stated["bytes"] != val_bytes:
-        raise DataError(
-            f"{path}: raw validation documents have {stated['bytes']} bytes, their tokens {val_bytes}; "
-            f"bits per byte would be wrong, make the dataset anew"
-        )
-
-
 # ============================================================================================================
-# 4 MODEL. In: token ids (B, T). Out: logits (B, T, V); the one body is `GPT.logits`, and training, scoring and
-# everything later call it. Letters: B batch, T time, H query heads, K key/value heads, D channels, V vocabulary.
-# Parameter names are the contest's, so weights can be compared. Guards causality: no position sees a later one.
+# 4 MODEL. In: token ids (B, T). Out: logits (B, T, V); the one body is `GPT.logits`, called by training,
+# scoring and everything later. Letters: B batch, T time, H query heads, K key/value heads, D channels,
+# V vocabulary. Parameter names are the contest's. Guards causality: no position sees a later one.
 # ============================================================================================================
 
 NORM_EPSILON = (
@@ -822,7 +794,7 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def rotary_tables(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the rotary angles, each (length, head_dim / 2) float32 (RoPE, arXiv 2104.09864)."""
+    """Return cos and sin of the rotary angles, each (length, head_dim / 2) float32 (arXiv 2104.09864)."""
     frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
     return angles.cos().float(), angles.sin().float()
@@ -836,7 +808,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with normalised, gained queries; the output projection starts at zero."""
+    """Causal grouped-query attention with normalised, gained queries; its output starts at zero."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -897,7 +869,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The contest's transformer: U-Net skips from the first half of the blocks to the second, soft-capped logits."""
+    """The contest's transformer: U-Net skips from the first half of the blocks to the second."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -945,7 +917,7 @@ class GPT(nn.Module):
 
 
 def parameter_role(name: str, parameter: Tensor) -> str:
-    """Return "embedding", "head", "matrix" or "scalar": the one table behind optimizer groups and bit widths."""
+    """Return "embedding", "head", "matrix" or "scalar": behind optimizer groups and bit widths alike."""
     if name.startswith("tok_emb."):
         return "embedding"
     if name.startswith("lm_head."):
@@ -954,7 +926,7 @@ def parameter_role(name: str, parameter: Tensor) -> str:
 
 
 def try_attention_kernel(name: str, device: torch.device) -> None:
-    """Switch scaled_dot_product_attention to kernel `name` and compare it with PyTorch's own; raises if it fails.
+    """Switch scaled_dot_product_attention to kernel `name`, compare it with PyTorch's own, raise if it fails.
 
     Compares output and gradients of a small causal grouped-query case in bfloat16.
     """
@@ -977,7 +949,7 @@ def try_attention_kernel(name: str, device: torch.device) -> None:
 
 
 def select_attention(settings: Settings, process: Process, log: Log) -> None:
-    """Choose the kernel under scaled_dot_product_attention, and say which and why; ATTENTION=fa3|fa4 must work."""
+    """Choose the kernel under scaled_dot_product_attention, say which and why; an explicit one must work."""
     candidates = {"auto": ("fa3", "fa4"), "sdpa": ()}.get(settings.attention, (settings.attention,))
     if process.device.type != "cuda":
         if settings.attention in ("fa3", "fa4"):
@@ -1004,22 +976,20 @@ def select_attention(settings: Settings, process: Process, log: Log) -> None:
             f"ATTENTION={settings.attention} does not work here ({reasons[0]}); "
             f"install requirements-gpu.txt or use ATTENTION=auto"
         )
-    log.line(
-        f"attention:sdpa reason:{'; '.join(reasons) or 'chosen' if candidates else 'PyTorch picks its kernel'}"
-    )
+    log.line(f"attention:sdpa reason:{'; '.join(reasons) or 'PyTorch picks its kernel'}")
 
 
 # ============================================================================================================
-# 5 OPTIMIZER. In: gradients summed over slots and ranks. Out: weights one step on. Muon (Newton-Schulz) for the blocks'
-# matrices, AdamW for the rest; every parameter is in exactly one group. Schedules are pure functions of step and clock.
-# The step queues work and never waits for the device.
+# 5 OPTIMIZER. In: gradients summed over slots and ranks. Out: weights one step on. Muon (Newton-Schulz) for
+# the blocks' matrices, AdamW for the rest; every parameter is in exactly one group. Schedules are pure
+# functions of step and clock. The step queues work and never waits for the device.
 # ============================================================================================================
 
 
 def learning_rate_scale(step: int, elapsed_ms: float, settings: Settings) -> float:
     """Return the factor on every learning rate: 1, then linear to 0 over the last WARMDOWN_ITERS steps.
 
-    Under a wall-clock limit, steps still to come are estimated from the mean step so far (parameter-golf baseline).
+    Under a wall-clock limit, steps to come are estimated from the mean step so far (parameter-golf baseline).
     """
     if settings.warmdown_iters == 0:
         return 1.0
@@ -1040,10 +1010,10 @@ def muon_momentum(step: int, settings: Settings) -> float:
 
 
 def orthogonalize(update: Tensor, steps: int) -> Tensor:
-    """Return matrices (..., R, C) pushed towards the nearest orthogonal ones by `steps` Newton-Schulz iterations.
+    """Return matrices (..., R, C) pushed towards orthogonal ones by `steps` Newton-Schulz iterations.
 
-    The quintic of Muon ("zeropower_via_newtonschulz5"); singular values end near 1, not at it. bfloat16 on CUDA,
-    float32 on CPU, where bfloat16 is slower.
+    The quintic of Muon ("zeropower_via_newtonschulz5"); singular values end near 1, not at it. bfloat16 on
+    CUDA, float32 on CPU, where bfloat16 is slower.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = update.to(torch.bfloat16 if update.is_cuda else torch.float32)
@@ -1057,11 +1027,11 @@ def orthogonalize(update: Tensor, steps: int) -> Tensor:
 
 
 class Muon:
-    """Momentum, Newton-Schulz, update; matrices of one shape go through as one batch, shared out over the ranks.
+    """Momentum, Newton-Schulz, update; matrices of one shape go as one batch, shared out over the ranks.
 
     Update: buffer = momentum * buffer + gradient; u = orthogonalize(gradient + momentum * buffer);
-    p = (1 - lr * decay) * p - lr * sqrt(max(1, rows / columns)) * u (Keller Jordan's Muon). Rank r orthogonalizes the
-    matrices r, r + W, ... of each shape; one sum over ranks gives all of them to everybody.
+    p = (1 - lr * decay) * p - lr * sqrt(max(1, rows / columns)) * u (Keller Jordan's Muon). Rank r
+    orthogonalizes the matrices r, r + W, ... of each shape; one sum over ranks gives all to everybody.
     """
 
     def __init__(self, matrices: list[nn.Parameter], settings: Settings, process: Process) -> None:
@@ -1106,7 +1076,7 @@ class Muon:
 class Optimizers:
     """All parameters' gradients in one flat buffer, and the two optimizers that read them.
 
-    The buffer's last element carries the loss, so that one sum over ranks averages gradients and loss together.
+    The buffer's last element carries the loss: one sum over ranks averages gradients and loss together.
     """
 
     def __init__(self, model: GPT, settings: Settings, process: Process) -> None:
@@ -1138,7 +1108,7 @@ class Optimizers:
         self.muon = Muon(roles["matrix"], settings, process)
 
     def gather(self, model, batches: list[Tensor]) -> Tensor:
-        """Fill the gradient buffer from this rank's micro-batches and all other ranks'; return the mean loss, ()."""
+        """Fill the gradient buffer from the micro-batches of all ranks; return the mean loss, ()."""
         self.flat.zero_()
         for batch in batches:
             ids = batch.to(self.process.device, non_blocking=True).long()
@@ -1162,13 +1132,13 @@ class Optimizers:
 
 
 # ============================================================================================================
-# 6 AVERAGING. In: the weights after every step. Out: the weights that are exported. The average lives on the training
-# device in float32; how far it moved the weights is measured and logged, so an average that does nothing is seen.
+# 6 AVERAGING. In: the weights after every step. Out: the weights that are exported. The average lives on the
+# training device in float32; how far it moved the weights is logged, so an average that does nothing is seen.
 # ============================================================================================================
 
 
 class Ema:
-    """Exponential moving average: after each step, average = decay * average + (1 - decay) * weights; 0 is off."""
+    """Exponential moving average: average = decay * average + (1 - decay) * weights; decay 0 is off."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.count = decay, 0
@@ -1196,10 +1166,10 @@ class Ema:
 
 
 # ============================================================================================================
-# 7 QUANTIZATION AND ARTIFACT. In: weights. Out: one file, and the weights that come back from it. The file describes
-# itself: magic, version, JSON header (settings, tensors, tokenizer), one zstd frame, SHA-256 of all before it. No pickle,
-# no time, path or host: same weights, same bytes. A file that is not exactly right is refused with a message, before
-# anything of the size it claims is allocated.
+# 7 QUANTIZATION AND ARTIFACT. In: weights. Out: one file, and the weights that come back from it. The file
+# describes itself: magic, version, JSON header (settings, tensors, tokenizer), one zstd frame, SHA-256 of all
+# before it. No pickle, no time, path or host: same weights, same bytes. A file that is not exactly right is
+# refused with a message, before anything of the size it claims is allocated.
 # ============================================================================================================
 
 ARTIFACT_MAGIC = b"GOLFGPT\n"
@@ -1215,7 +1185,7 @@ SMALLEST_SCALE = 2.0**-24  # least positive float16
 
 
 def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return (integers int8 of weight's shape, scales float16 (rows,)): symmetric, one scale per row of (R, C).
+    """Return (integers int8 (R, C), scales float16 (R,)) of a weight (R, C): symmetric, one scale per row.
 
     Restored values are off by at most half a scale (and half the smallest scale for rows near zero).
     """
@@ -1326,7 +1296,7 @@ def read_artifact(path: Path) -> Artifact:
 
 
 def unpack_artifact(data: bytes) -> Artifact:
-    """Return the content of an artifact file; raises ValueError (or a kind of it) with the reason it is refused."""
+    """Return the content of an artifact file; raises ValueError, or a kind of it, with the reason."""
     if data[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
         raise ValueError("it does not start with an artifact's magic bytes")
     if len(data) < ARTIFACT_PREFIX.size + 32:
@@ -1364,7 +1334,7 @@ def unpack_artifact(data: bytes) -> Artifact:
 
 
 def stored_settings(values: Mapping[str, object]) -> Settings:
-    """Return Settings with an artifact's stored values; raises ValueError unless exactly those are there and valid."""
+    """Return Settings with an artifact's stored values; raises ValueError unless they are all valid."""
     expected = Settings().stored_values()
     if not isinstance(values, dict) or values.keys() != expected.keys():
         raise ValueError("its header does not hold the settings that this script stores")
@@ -1400,7 +1370,7 @@ def check_tensors(tensors: list, settings: Settings) -> list[tuple[str, list[int
 
 
 def expand_frame(frame: bytes, size: int) -> bytes:
-    """Return the `size` bytes that a zstd frame holds; raises ValueError where it holds, or claims, another number."""
+    """Return the `size` bytes that a zstd frame holds; raises ValueError where it holds or claims others."""
     claimed = zstandard.frame_content_size(frame)
     if claimed != size:
         raise ValueError(f"its frame claims {claimed} bytes, its header needs {size}")
@@ -1434,18 +1404,18 @@ def unpack_tensors(tensors: list[tuple[str, list[int], str]], blocks: dict[str, 
 
 
 # ============================================================================================================
-# 8 NEURAL SCORING. In: a model and a token stream. Out: `ScoredChunk`s, and from them, through one `Ledger`, val_loss and
-# val_bpb. `plan_windows` prices every target exactly once, whatever the total; the ledger counts and refuses otherwise.
-# Nats become bits here and nowhere else.
+# 8 NEURAL SCORING. In: a model and a token stream. Out: `ScoredChunk`s, and from them, through one `Ledger`,
+# val_loss and val_bpb. `plan_windows` prices every target exactly once, whatever the total; the ledger counts
+# and refuses otherwise. Nats become bits here and nowhere else.
 # ============================================================================================================
 
 
 def plan_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
     """Return the scoring windows of `total` targets, (windows, 3) int64: start, first, stop.
 
-    A window reads the inputs start ... stop - 1 (at most seq_len) and prices the targets first ... stop - 1, counted
-    from 0; target i follows input i. The first window prices all of its targets, each later one the next `stride`,
-    with as much context as fits; the last ends at `total`. Pure.
+    A window reads the inputs start ... stop - 1 (at most seq_len) and prices the targets first ... stop - 1,
+    counted from 0; target i follows input i. The first window prices all of its targets, each later one the
+    next `stride`, with as much context as fits; the last ends at `total`. Pure.
     """
     opening = min(seq_len, total)
     stops = np.concatenate(([opening], np.arange(opening + stride, total + stride, stride).clip(max=total)))
@@ -1469,8 +1439,8 @@ def score_stream(
 ) -> Iterator[ScoredChunk]:
     """Yield this rank's share of all targets of `tokens` (N + 1,), `batch` windows at a time.
 
-    `logits(ids, last)` is GPT.logits or its compiled twin. Every pass has one of two shapes: opening windows hand out
-    all positions, later ones the last `stride`; short batches are padded with windows that nobody reads.
+    `logits(ids, last)` is GPT.logits or its compiled twin. Every pass has one of two shapes: opening windows
+    hand out all positions, later ones the last `stride`; short batches are padded with unread windows.
     """
     plan = plan_windows(len(tokens) - 1, seq_len, stride)[process.rank :: process.world_size]
     opens = plan[:, 1] == 0
@@ -1542,36 +1512,31 @@ class Ledger:
 def score(logits, dataset: Dataset, settings: Settings, stride: int, process: Process, label: str) -> Score:
     """Score the validation stream with windows that advance by `stride`."""
     ledger = Ledger(dataset.target_bytes, process)
-    stream = score_stream(
-        logits, dataset.val_tokens, settings.window, stride, settings.val_batch_size // settings.micro_batch_slots // settings.window, process, label
-    )
-    for chunk in stream:
+    batch = settings.val_batch_size // settings.micro_batch_slots // settings.window
+    for chunk in score_stream(logits, dataset.val_tokens, settings.window, stride, batch, process, label):
         ledger.add(chunk)
     return ledger.close()
 
 
 # ============================================================================================================
-# 9 RUN. In: the environment. Out: a run folder (run.log, metrics.jsonl, result.json, artifact.bin), one last line, an exit
-# code. The steps hand over small results: train -> weights -> export -> artifact file -> evaluate -> result. What is
-# scored is always the file read back from disk.
+# 9 RUN. In: the environment. Out: a run folder (run.log, metrics.jsonl, result.json, artifact.bin), one
+# last line, an exit code. The steps hand over small results: train -> weights -> artifact file -> evaluate.
+# What is scored is always the file read back from disk.
 # ============================================================================================================
 
-LOSS_LAG_STEPS = (
-    2  # the host reads losses this many steps late, and so never waits for the step it just queued
-)
-RAW_TEXT_LIMIT = 8_000_000  # bytes up to which xz runs over the validation text for comparison
+LOSS_LAG_STEPS = 2  # the host reads losses this many steps late: it never waits for the step it just queued
+RAW_TEXT_LIMIT = 8_000_000  # validation bytes up to which xz is run for comparison
 
 
 class LossWatch:
-    """Reads each step's loss a few steps late and stops the run at one that is not finite."""
+    """Reads each step's loss a few steps late, and stops the run at one that is not finite."""
 
-    def __init__(self, process: Process) -> None:
-        self.process = process
+    def __init__(self) -> None:
         self.pending: list[tuple[int, float, Tensor, torch.cuda.Event | None]] = []
         self.last_good = math.nan
 
     def push(self, step: int, scale: float, loss: Tensor) -> None:
-        """Queue the loss of `step` for reading; reads the one that is LOSS_LAG_STEPS older."""
+        """Queue the loss of `step`, made at learning-rate scale `scale`; read those that are old enough."""
         event = None
         if loss.is_cuda:
             loss = torch.empty_like(loss, device="cpu", pin_memory=True).copy_(loss, non_blocking=True)
@@ -1581,306 +1546,249 @@ class LossWatch:
         self.drain(LOSS_LAG_STEPS)
 
     def drain(self, keep: int = 0) -> float:
-        """Read all but the newest `keep` losses and return the last one read; raises NonFiniteError."""
+        """Read all but the newest `keep` losses; return the last one read. Raises NonFiniteError."""
         while len(self.pending) > keep:
             step, scale, loss, event = self.pending.pop(0)
             if event is not None:
                 event.synchronize()
-            value = float(loss)
-            if not math.isfinite(value):
+            if not math.isfinite(loss):
                 raise NonFiniteError(
-                    f"step {step}: train_loss is {value} at learning-rate scale {scale:.4f}, the last good one was "
-                    f"{self.last_good:.4f}; lower the learning rates (MATRIX_LR, SCALAR_LR, TIED_EMBED_LR) or set "
-                    f"GRAD_CLIP_NORM"
+                    f"step {step}: train_loss is {float(loss)} at learning-rate scale {scale:.4f}, last good "
+                    f"{self.last_good:.4f}; lower MATRIX_LR, SCALAR_LR, TIED_EMBED_LR or set GRAD_CLIP_NORM"
                 )
-            self.last_good = value
+            self.last_good = float(loss)
         return self.last_good
 
 
 class Trained(NamedTuple):
     """What training hands over."""
 
-    weights: dict[str, Tensor]
-    steps: int
-    train_ms: float
-    last_loss: float
-    validation: Score  # of the raw weights, non-overlapping windows
+    weights: dict[str, Tensor]  # averaged
+    numbers: dict[str, object]  # for result.json
 
 
-def load_batches(dataset: Dataset, step: int, settings: Settings, process: Process) -> list[Tensor]:
-    """Return this rank's micro-batches of `step`; the ranks share out the slots in order."""
+def load_batches(stream: TokenStream, step: int, settings: Settings, process: Process) -> list[Tensor]:
+    """Return this rank's micro-batches of `step`; slot s goes to rank s modulo world size."""
     slots = range(process.rank, settings.micro_batch_slots, process.world_size)
-    batches = [dataset.train.batch(step, slot) for slot in slots]
+    batches = [stream.batch(step, slot) for slot in slots]
     return [batch.pin_memory() for batch in batches] if process.device.type == "cuda" else batches
 
 
-def warm_up(model: GPT, forward, dataset: Dataset, settings: Settings, process: Process, log: Log) -> None:
-    """Run WARMUP_STEPS real steps before the clock, then restore the weights: compilers and caches are primed."""
-    saved = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+def warm_up(model: GPT, forward, stream: TokenStream, settings: Settings, process: Process, log: Log) -> None:
+    """Run WARMUP_STEPS real steps before the clock, then restore the weights; primes compiler and caches."""
+    saved = [parameter.detach().clone() for parameter in model.parameters()]
     optimizers = Optimizers(model, settings, process)
     for step in range(settings.warmup_steps):
-        optimizers.gather(forward, load_batches(dataset, step, settings, process))
+        optimizers.gather(forward, load_batches(stream, step, settings, process))
         optimizers.step(1.0, settings.muon_momentum)
         log.line(f"warmup_step:{step + 1}/{settings.warmup_steps}")
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(saved[name])
+        torch._foreach_copy_(list(model.parameters()), saved)
 
 
 def train(
     model: GPT, dataset: Dataset, settings: Settings, process: Process, log: Log, compiled: bool
 ) -> Trained:
-    """Train until ITERATIONS or MAX_WALLCLOCK_SECONDS, whichever comes first; all ranks stop at the same step."""
+    """Train until ITERATIONS or MAX_WALLCLOCK_SECONDS end it, on all ranks at the same step."""
     forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
     logits = torch.compile(model.logits, dynamic=False) if compiled else model.logits
-    warm_up(model, forward, dataset, settings, process, log)
+    warm_up(model, forward, dataset.train, settings, process, log)
     optimizers, ema = Optimizers(model, settings, process), Ema(model, settings.ema_decay)
-    clock, watch = Clock(process), LossWatch(process)
+    clock, watch, bar = Clock(process), LossWatch(), process.progress(settings.iterations, "train")
     limit_ms = 1000.0 * settings.max_wallclock_seconds or math.inf
-    step, elapsed_ms = 0, 0.0
-    with process.progress(settings.iterations, "train") as bar:
-        clock.start()
-        while True:
-            finished = step == settings.iterations or elapsed_ms >= limit_ms
-            if finished or (settings.val_loss_every and step % settings.val_loss_every == 0):
-                clock.stop()
-                watch.drain()
-                validation = score(logits, dataset, settings, settings.window, process, "validate")
-                timing = f"train_time:{clock.total_ms:.0f}ms step_avg:{clock.total_ms / max(step, 1):.2f}ms"
-                log.event(
-                    "validation",
-                    f"step:{step}/{settings.iterations} val_loss:{validation.val_loss:.4f} "
-                    f"val_bpb:{validation.val_bpb:.4f} {timing}",
-                    step=step,
-                    val_loss=validation.val_loss,
-                    val_bpb=validation.val_bpb,
-                    train_time_ms=clock.total_ms,
-                )
-                if finished:
-                    break
-                clock.start()
-            failure, batches = None, []
-            try:
-                batches = load_batches(dataset, step, settings, process)
-            except DataError as error:
-                failure = error  # raised on every rank below, so that nobody waits for this one
-            scale = learning_rate_scale(step, elapsed_ms, settings)
-            loss = optimizers.gather(forward, batches)
-            optimizers.step(scale, muon_momentum(step, settings))
-            ema.update()
-            step += 1
-            elapsed_ms = process.agree(clock.read_ms(), failure)
-            watch.push(step, scale, loss)
-            bar.update()
-            if step <= 10 or (settings.train_log_every and step % settings.train_log_every == 0):
-                value = watch.drain()
-                log.event(
-                    "train",
-                    f"step:{step}/{settings.iterations} train_loss:{value:.4f} "
-                    f"train_time:{elapsed_ms:.0f}ms step_avg:{elapsed_ms / step:.2f}ms",
-                    step=step,
-                    train_loss=value,
-                    train_time_ms=elapsed_ms,
-                    learning_rate_scale=scale,
-                )
-    if step < settings.iterations:
-        log.line(
-            f"stopping_early: wallclock_cap train_time:{clock.total_ms:.0f}ms step:{step}/{settings.iterations}"
-        )
-    log.event(
-        "average",
-        f"ema:{'on' if ema.decay else 'off'} decay:{ema.decay} updates:{ema.count} moved:{ema.moved():.6f} of the weights",
-        updates=ema.count,
-        moved=ema.moved(),
-    )
-    return Trained(ema.weights(), step, clock.total_ms, watch.last_good, validation)
-
-
-def export(trained: Trained, dataset: Dataset, settings: Settings, process: Process, path: Path) -> None:
-    """Write the artifact on rank 0, and let the other ranks wait for it."""
-    failure = None
-    if process.is_main:
-        embed = bool(dataset.manifest and dataset.manifest["tokenizer"]["trained_here"])
+    step, elapsed_ms, total = 0, 0.0, settings.iterations
+    clock.start()
+    while True:
+        finished = step == total or elapsed_ms >= limit_ms
+        if finished or (settings.val_loss_every and step % settings.val_loss_every == 0):
+            clock.stop()
+            watch.drain()
+            val = score(logits, dataset, settings, settings.window, process, "validate")
+            losses = {"val_loss": val.val_loss, "val_bpb": val.val_bpb}
+            log.step("validation", step, total, clock.total_ms, **losses)
+            if finished:
+                break
+            clock.start()
+        failure, batches = None, []
         try:
-            write_atomically(path, pack_artifact(trained.weights, settings, dataset.tokenizer, embed))
-        except RunError as error:
-            failure = error
+            batches = load_batches(dataset.train, step, settings, process)
+        except DataError as error:
+            failure = error  # raised on every rank below, so that nobody waits for this one
+        scale = learning_rate_scale(step, elapsed_ms, settings)
+        loss = optimizers.gather(forward, batches)
+        optimizers.step(scale, muon_momentum(step, settings))
+        ema.update()
+        step += 1
+        elapsed_ms = process.agree(clock.read_ms(), failure)
+        watch.push(step, scale, loss)
+        bar.update()
+        if step <= 10 or (settings.train_log_every and step % settings.train_log_every == 0):
+            log.step("train", step, total, elapsed_ms, train_loss=watch.drain())
+    bar.close()
+    if step < total:
+        log.line(f"stopping_early: wallclock_cap train_time:{clock.total_ms:.0f}ms step:{step}/{total}")
+    moved = ema.moved()
+    log.event(
+        "average", f"ema: decay:{ema.decay} updates:{ema.count} moved:{moved:.6f} of the weights", moved=moved
+    )
+    numbers = {"steps": step, "train_seconds": clock.total_ms / 1000, "train_loss": watch.last_good}
+    return Trained(ema.weights(), numbers | {f"training_{name}": value for name, value in losses.items()})
+
+
+def export(
+    weights: dict[str, Tensor], dataset: Dataset, settings: Settings, process: Process, path: Path
+) -> None:
+    """Write the artifact on rank 0 while the other ranks wait for it."""
+    failure = None
+    try:
+        if process.is_main:
+            embed = bool(dataset.manifest and dataset.manifest["tokenizer"]["trained_here"])
+            write_atomically(path, pack_artifact(weights, settings, dataset.tokenizer, embed))
+    except NonFiniteError as error:
+        failure = error
     process.agree(0.0, failure)
 
 
-def restore_model(artifact: Artifact, settings: Settings, process: Process) -> GPT:
-    """Return a fresh model with the artifact's weights."""
-    model = GPT(settings).to(process.device)
-    model.load_state_dict(artifact.weights)
-    return model.eval()
-
-
-def raw_validation_text(dataset: Dataset) -> bytes:
-    """Return the raw validation documents one after the other; empty where that is not known, or too much."""
-    if dataset.manifest is None or len(dataset.target_bytes) > RAW_TEXT_LIMIT:
-        return b""
-    return dataset.tokenizer.decode(dataset.val_tokens.tolist())
+def xz_bits_per_byte(dataset: Dataset, log: Log) -> float | None:
+    """Return what `xz -9e` makes of the raw validation documents; None if they are unknown or too much."""
+    if dataset.manifest is None or not 0 < int(dataset.target_bytes.sum()) <= RAW_TEXT_LIMIT:
+        return None
+    text = dataset.tokenizer.decode(dataset.val_tokens.tolist())
+    xz_bpb = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+    log.event(
+        "reference", f"reference: xz -9e on the same {len(text)} bytes: {xz_bpb:.4f} bpb", xz_bpb=xz_bpb
+    )
+    return xz_bpb
 
 
 def evaluate(
     artifact: Artifact, dataset: Dataset, settings: Settings, process: Process, log: Log, compiled: bool
-) -> dict:
-    """Score the validation split with the model that the artifact holds; return the final numbers."""
+) -> dict[str, object]:
+    """Score the validation split with a fresh model of the artifact's weights; return the final numbers."""
     clock = Clock(process)
     clock.start()
-    model = restore_model(artifact, settings, process)
+    model = GPT(settings).to(process.device)
+    model.load_state_dict(artifact.weights)
     logits = torch.compile(model.logits, dynamic=False) if compiled else model.logits
     final = score(logits, dataset, settings, settings.eval_stride, process, "score")
     clock.stop()
     log.event(
-        "final",
+        "score",
         f"final_score: window:{settings.window} stride:{settings.eval_stride} tokens:{final.tokens} "
-        f"bytes:{final.bytes} val_loss:{final.val_loss:.8f} val_bpb:{final.val_bpb:.8f} eval_time:{clock.total_ms:.0f}ms",
+        f"bytes:{final.bytes} val_loss:{final.val_loss:.8f} val_bpb:{final.val_bpb:.8f} "
+        f"eval_time:{clock.total_ms:.0f}ms",
         **final._asdict(),
-        eval_time_ms=clock.total_ms,
     )
-    text = raw_validation_text(dataset) if process.is_main else b""
-    xz_bpb = None
-    if text:
-        xz_bpb = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
-        log.event(
-            "reference", f"reference: xz -9e on the same {len(text)} bytes: {xz_bpb:.4f} bpb", xz_bpb=xz_bpb
-        )
-    return {**final._asdict(), "eval_seconds": clock.total_ms / 1000, "xz_bpb": xz_bpb}
+    reference = {"xz_bpb": xz_bits_per_byte(dataset, log)} if process.is_main else {}
+    return {**final._asdict(), "eval_seconds": clock.total_ms / 1000, **reference}
 
 
-def log_start(settings: Settings, process: Process, log: Log, notes: list[str]) -> str:
-    """Log what a reader needs to repeat the run; return the SHA-256 of this script."""
-    code_sha256 = file_sha256(Path(__file__))
-    changed = settings.changed()
-    for note in notes:
-        log.line(note)
+def log_start(settings: Settings, process: Process, dataset: Dataset, log: Log) -> None:
+    """Log what a reader needs to repeat the run."""
+    changed = " ".join(f"{name}={value}" for name, value in settings.changed().items())
     log.event(
         "settings",
-        "settings that differ from the defaults: "
-        + (" ".join(f"{name}={value}" for name, value in changed.items()) or "none"),
+        f"settings that differ from the defaults: {changed or 'none'}",
         **dataclasses.asdict(settings),
     )
-    if process.device.type == "cuda":
-        device = torch.cuda.get_device_name(process.device)
-    else:
-        device = f"cpu ({torch.get_num_threads()} threads, {platform.machine()})"
+    cuda = process.device.type == "cuda"
+    device = torch.cuda.get_device_name() if cuda else f"cpu with {torch.get_num_threads()} threads"
     log.line(f"torch:{torch.__version__} python:{platform.python_version()} device:{device}")
-    log.line(f"world_size:{process.world_size} seed:{settings.seed} script_sha256:{code_sha256}")
-    return code_sha256
-
-
-def log_data(settings: Settings, dataset: Dataset, log: Log) -> None:
-    """Log what is trained on and what is scored."""
+    log.line(
+        f"world_size:{process.world_size} seed:{settings.seed} script_sha256:{file_sha256(Path(__file__))}"
+    )
     if dataset.train:
-        log.line(
-            f"train_loader:dataset:{settings.data_path} train_shards:{len(dataset.train.paths)} "
-            f"tokens:{dataset.train.total}"
-        )
-    log.line(f"val_loader:tokens:{len(dataset.val_tokens) - 1} bytes:{int(dataset.target_bytes.sum())}")
-    rule = "raw bytes of the manifest" if dataset.manifest else "the contest's table, no manifest"
-    log.line(f"val_bpb:enabled tokenizer_path={settings.tokenizer_path} bytes_rule={rule}")
+        shards, tokens = len(dataset.train.paths), dataset.train.total
+        log.line(f"train_loader:dataset:{settings.data_path} train_shards:{shards} tokens:{tokens}")
+    log.line(f"val_loader:tokens:{len(dataset.target_bytes)} bytes:{int(dataset.target_bytes.sum())}")
+    rule = "raw bytes, as in the manifest" if dataset.manifest else "the contest's table, no manifest"
+    log.line(f"val_bpb:enabled tokenizer_path={settings.tokenizer_path} bytes:{rule}")
 
 
-def train_and_export(
-    settings: Settings, process: Process, dataset: Dataset, log: Log, compiled: bool, path: Path
-) -> dict:
-    """Train a model, write its artifact to `path`; return the numbers of training."""
-    torch.manual_seed(settings.seed)
-    model = GPT(settings).to(process.device)
-    log.line(f"model_params:{sum(parameter.numel() for parameter in model.parameters())}")
-    trained = train(model, dataset, settings, process, log, compiled)
-    if process.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(process.device) // 2**20
-        log.line(f"peak memory allocated: {peak} MiB")
-    export(trained, dataset, settings, process, path)
-    return {
-        "steps": trained.steps,
-        "train_seconds": trained.train_ms / 1000,
-        "train_loss": trained.last_loss,
-        "training_val_loss": trained.validation.val_loss,
-        "training_val_bpb": trained.validation.val_bpb,
-    }
-
-
-def run(settings: Settings, process: Process, run_dir: Path, log: Log, notes: list[str]) -> dict:
+def run(settings: Settings, process: Process, run_dir: Path, log: Log) -> dict[str, object]:
     """Do the whole run; return all final numbers. Raises RunError."""
-    code_sha256 = log_start(settings, process, log, notes)
+    path = Path(settings.eval_only) if settings.eval_only else run_dir / "artifact.bin"
+    dataset = load_dataset(settings, read_artifact(path).tokenizer if settings.eval_only else None)
+    log_start(settings, process, dataset, log)
     select_attention(settings, process, log)
     compiled = process.device.type == "cuda" if settings.compile == "auto" else settings.compile == "1"
-    path = Path(settings.eval_only) if settings.eval_only else run_dir / "artifact.bin"
-    carried = read_artifact(path).tokenizer if settings.eval_only else None
-    dataset = load_dataset(settings, carried)
-    log_data(settings, dataset, log)
-    training = {"steps": 0, "train_seconds": 0.0}
+    numbers: dict[str, object] = {"steps": 0, "train_seconds": 0.0}
     if not settings.eval_only:
-        training = train_and_export(settings, process, dataset, log, compiled, path)
-    artifact = read_artifact(path)
+        torch.manual_seed(settings.seed)
+        model = GPT(settings).to(process.device)
+        log.line(f"model_params:{sum(parameter.numel() for parameter in model.parameters())}")
+        weights, numbers = train(model, dataset, settings, process, log, compiled)
+        if process.device.type == "cuda":
+            log.line(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB")
+        export(weights, dataset, settings, process, path)
+    artifact, code_bytes = read_artifact(path), Path(__file__).stat().st_size
     if artifact.tokenizer_sha256 != dataset.tokenizer.sha256:
         raise DataError(
-            f"TOKENIZER_PATH={settings.tokenizer_path}: {path} was made with another tokenizer; set its own"
+            f"TOKENIZER_PATH={settings.tokenizer_path}: {path} was made with another; set that one"
         )
-    code_bytes = Path(__file__).stat().st_size
-    total_bytes = code_bytes + artifact.size
-    log.event(
-        "artifact",
-        f"artifact:{path} weights:{artifact.size} bytes code:{code_bytes} bytes total:{total_bytes} bytes "
-        f"limit:{settings.artifact_limit_bytes} bytes",
-        weight_bytes=artifact.size,
-        code_bytes=code_bytes,
-        total_bytes=total_bytes,
-    )
+    sizes = {
+        "artifact_bytes": artifact.size,
+        "code_bytes": code_bytes,
+        "total_bytes": artifact.size + code_bytes,
+    }
+    limit = settings.artifact_limit_bytes
+    line = f"weights:{artifact.size} code:{code_bytes} total:{sizes['total_bytes']} limit:{limit} bytes"
+    log.event("artifact", f"artifact:{path} {line}", **sizes)
     final = evaluate(artifact, dataset, settings, process, log, compiled)
-    sizes = {"artifact_bytes": artifact.size, "code_bytes": code_bytes, "total_bytes": total_bytes}
-    hashes = {**dataset.hashes, "artifact_sha256": artifact.sha256, "script_sha256": code_sha256}
-    result = {**final, **training, **sizes, "hashes": hashes}
+    hashes = {
+        **dataset.hashes,
+        "artifact_sha256": artifact.sha256,
+        "script_sha256": file_sha256(Path(__file__)),
+    }
+    result = {**final, **numbers, **sizes, "hashes": hashes}
     log.event(
         "result",
-        f"final val_bpb:{result['val_bpb']:.8f} val_loss:{result['val_loss']:.8f} artifact_bytes:{artifact.size} "
-        f"train_seconds:{result['train_seconds']:.1f} eval_seconds:{result['eval_seconds']:.1f}",
-        val_bpb=result["val_bpb"],
-        val_loss=result["val_loss"],
+        f"final val_bpb:{result['val_bpb']:.8f} val_loss:{result['val_loss']:.8f} "
+        f"artifact_bytes:{artifact.size} train_seconds:{result['train_seconds']:.1f} "
+        f"eval_seconds:{result['eval_seconds']:.1f}",
+        **result,
     )
     return result
 
 
 def run_and_record(settings: Settings, process: Process, notes: list[str]) -> int:
     """Run, write result.json whatever happens, and return the exit code."""
-    run_dir = Path(
-        process.share(
-            settings.run_dir or f"runs/{settings.run_id or time.strftime(default_run_id(settings))}"
-        )
-    )
+    run_id = settings.run_id or f"{settings.recipe}-seed{settings.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(process.share(settings.run_dir or f"runs/{run_id}"))
+    log = Log(process, run_dir)
     if process.is_main:
         (run_dir / "result.json").unlink(missing_ok=True)
-    log = Log(process, run_dir)
-    record: dict[str, object] = {"exit_code": 1, "run_id": run_dir.name, "recipe": settings.recipe}
+    for note in notes:
+        log.line(note)
+    record: dict[str, object] = {"exit_code": 0, "run_id": run_dir.name, "recipe": settings.recipe}
     record |= {"seed": settings.seed, "world_size": process.world_size, "settings": settings.changed()}
     try:
-        record |= run(settings, process, run_dir, log, notes)
-        record["exit_code"] = 0
-        if record["total_bytes"] > settings.artifact_limit_bytes:
+        record |= run(settings, process, run_dir, log)
+        total, limit = record["total_bytes"], settings.artifact_limit_bytes
+        if total > limit:
             raise SizeError(
-                f"code and weights have {record['total_bytes']} bytes, ARTIFACT_LIMIT_BYTES="
-                f"{settings.artifact_limit_bytes} allows fewer; make the model smaller or lower MATRIX_BITS"
+                f"code and weights have {total} bytes, over ARTIFACT_LIMIT_BYTES={limit}; shrink the model"
             )
     except RunError as error:
         record |= {"exit_code": error.exit_code, "error": str(error)}
-        log.line(f"error: {error}")
     except KeyboardInterrupt as interrupt:
-        code = 143 if interrupt.args else 130
-        record |= {"exit_code": code, "error": "interrupted"}
-        log.line(f"error: interrupted, exit code {code}; nothing half-written is left in {run_dir}")
+        record |= {
+            "exit_code": interrupt_code(interrupt),
+            "error": "interrupted; nothing half-written is left",
+        }
+    except BaseException as error:
+        record |= {"exit_code": 1, "error": repr(error)}
+        raise
     finally:
         if process.is_main:
             write_atomically(run_dir / "result.json", (json.dumps(record, indent=2) + "\n").encode())
-        log.close()
+        log.close(record.get("error"))
     return record["exit_code"]
 
 
-def default_run_id(settings: Settings) -> str:
-    """Return the strftime pattern of a run without RUN_ID."""
-    return f"{settings.recipe}-seed{settings.seed}-%Y%m%d-%H%M%S"
+def interrupt_code(interrupt: KeyboardInterrupt) -> int:
+    """Return the shell's exit code of an interrupt: 143 for SIGTERM (see the main guard), else 130."""
+    return 143 if interrupt.args else 130
 
 
 def main(environment: Mapping[str, str]) -> int:
@@ -1899,7 +1807,7 @@ def main(environment: Mapping[str, str]) -> int:
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
-        return 143 if interrupt.args else 130
+        return interrupt_code(interrupt)
 
 
 def terminate(*_: object) -> None:

@@ -1,10 +1,11 @@
 """Turn any text into token shards: `python data/text.py [INPUT ...]`.
 
-Inputs are files and folders of text or source code, and .jsonl files with a text field; each may be compressed (.gz, .xz,
-.zst). Without inputs it takes the standard library of the running Python. Out, in one folder: token shards in the
-contest's format, the tokenizer, and manifest.json (per split: documents, tokens, raw bytes, SHA-256). The split goes by
-the content of a document (first 8 bytes of its SHA-256, big-endian, modulo 20: 0 validates), and equal documents are
-kept once, so no document is on both sides. Every document survives exactly: decode(encode(document)) == document.
+Inputs are files and folders of text or source code, and .jsonl files with a text field; each may be compressed
+(.gz, .xz, .zst). Without inputs it takes the standard library of the running Python. Out, in one folder: token
+shards in the contest's format, the tokenizer, and manifest.json (per split: documents, tokens, raw bytes,
+SHA-256). The split goes by the content of a document (first 8 bytes of its SHA-256, big-endian, modulo 20: 0
+validates), and equal documents are kept once, so no document is on both sides. Every document survives exactly:
+decode(encode(document)) == document.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ from train_gpt import (  # noqa: E402
 
 SHARD_TOKENS = 100_000_000  # tokens of a full shard, as the contest cuts them
 SPLIT_MODULUS = 20
-TEST_FOLDERS = {"test", "tests", "idle_test"}
+SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test"}
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".lzma": lzma.open, ".zst": zstandard.open}
 
 
 def standard_library() -> list[Path]:
-    """Return every *.py of the running Python's library outside site-packages and test folders, in path order."""
+    """Return every *.py of the running Python's library outside site-packages and test folders."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = TEST_FOLDERS | {"site-packages"}
-    return [path for path in sorted(root.rglob("*.py")) if not skipped & set(path.relative_to(root).parts[:-1])]
+    paths = sorted(root.rglob("*.py"))
+    return [path for path in paths if not SKIPPED_FOLDERS & set(path.relative_to(root).parts[:-1])]
 
 
 def list_files(inputs: list[Path]) -> list[tuple[Path, bool]]:
@@ -60,9 +61,9 @@ def list_files(inputs: list[Path]) -> list[tuple[Path, bool]]:
     files = []
     for path in inputs:
         if path.is_dir():
-            inside = (file for file in sorted(path.rglob("*")) if file.is_file())
-            visible = (file for file in inside if not any(p.startswith(".") for p in file.relative_to(path).parts))
-            files.extend((file, False) for file in visible)
+            for file in sorted(path.rglob("*")):
+                hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+                files.extend([(file, False)] if file.is_file() and not hidden else [])
         elif path.is_file():
             files.append((path, True))
         else:
@@ -85,8 +86,9 @@ def read_jsonl(path: Path, field: str) -> Iterator[bytes]:
                 text = json.loads(line)[field]
                 yield text.encode("utf-8", errors="surrogatepass")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
+                rule = f"a JSON object with a text field {field!r}"
                 raise DataError(
-                    f"{path}: line {number} is not a JSON object with a text field {field!r}; mend it or set --text-field"
+                    f"{path}: line {number} is not {rule}; mend it or set --text-field"
                 ) from error
 
 
@@ -110,8 +112,8 @@ def read_documents(files: list[tuple[Path, bool]], field: str) -> Iterator[bytes
 def split_of(digest: bytes, tune: bool) -> str | None:
     """Return "train" or "val" for a document with this SHA-256, or None for one that is left out.
 
-    With `tune` the validation documents stay away and a twentieth of the training documents takes their place: for
-    choosing settings without a look at the validation split.
+    With `tune` the validation documents stay away and a twentieth of the training documents takes their place:
+    for choosing settings without a look at the validation split.
     """
     remainder = int.from_bytes(digest[:8], "big") % SPLIT_MODULUS
     if tune:
@@ -120,7 +122,7 @@ def split_of(digest: bytes, tune: bool) -> str | None:
 
 
 class ShardWriter:
-    """Collects one split's tokens into shards of at most SHARD_TOKENS, each written under a temporary name."""
+    """Collects one split's tokens into shards of at most SHARD_TOKENS, each written atomically."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self.folder, self.split = folder, split
@@ -131,7 +133,9 @@ class ShardWriter:
     def add(self, ids: list[int], size: int) -> None:
         """Take in one document of `size` raw bytes."""
         self.pending.append(np.array([MARKER_ID, *ids], dtype="<u2"))
-        self.documents, self.tokens, self.bytes = self.documents + 1, self.tokens + 1 + len(ids), self.bytes + size
+        self.documents += 1
+        self.tokens += 1 + len(ids)
+        self.bytes += size
         self.waiting += 1 + len(ids)
         while self.waiting >= SHARD_TOKENS:
             self.flush(SHARD_TOKENS)
@@ -200,12 +204,12 @@ def train_tokenizer(documents: list[bytes], vocab_size: int) -> bytes:
         )
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise DataError(f"--vocab-size {vocab_size}: no such tokenizer from this text ({reason}); lower it") from error
+        raise DataError(f"--vocab-size {vocab_size} does not fit this text ({reason}); lower it") from error
     return model.getvalue()
 
 
 def fingerprint(files: list[tuple[Path, bool]], arguments: argparse.Namespace) -> str:
-    """Return a digest of the inputs' names, sizes and times and of all options: the same digest, the same dataset."""
+    """Return a digest of all options and of the inputs' names, sizes and times: it stands for a dataset."""
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path, _ in files]
     options = (arguments.vocab_size, str(arguments.tokenizer), arguments.text_field, arguments.tune)
     sources = [file_sha256(Path(__file__)), options, stats]
@@ -225,14 +229,16 @@ def up_to_date(folder: Path, digest: str) -> bool:
 
 def build(arguments: argparse.Namespace) -> str:
     """Make the dataset; return the line to print."""
-    files = list_files(arguments.inputs) if arguments.inputs else [(path, True) for path in standard_library()]
+    named = [(path, True) for path in standard_library()]
+    files = list_files(arguments.inputs) if arguments.inputs else named
     folder: Path = arguments.output
     digest = fingerprint(files, arguments)
     if up_to_date(folder, digest):
         return f"{folder} is up to date"
     seen: dict[bytes, str | None] = {}
     sample, sample_bytes, duplicates = [], 0, 0
-    for document in tqdm(read_documents(files, arguments.text_field), "read", leave=False, disable=None, unit="doc"):
+    documents = read_documents(files, arguments.text_field)
+    for document in tqdm(documents, "read", leave=False, disable=None, unit="doc"):
         content = hashlib.sha256(document).digest()
         duplicates += content in seen
         if content not in seen:
@@ -241,17 +247,21 @@ def build(arguments: argparse.Namespace) -> str:
                 sample.append(document)
                 sample_bytes += len(document)
     if not sample_bytes:
-        raise DataError("the inputs hold no text to train on (corpus empty, or a single document); name more of them")
+        raise DataError(
+            "the inputs hold no training text (corpus empty, or all of it validates); name more of them"
+        )
     trained_here = arguments.tokenizer is None
-    source = train_tokenizer(sample, arguments.vocab_size) if trained_here else arguments.tokenizer.read_bytes()
-    tokenizer = Tokenizer(source, "tokenizer.model" if trained_here else str(arguments.tokenizer))
+    if trained_here:
+        tokenizer = Tokenizer(train_tokenizer(sample, arguments.vocab_size), "tokenizer.model")
+    else:
+        tokenizer = Tokenizer.load(arguments.tokenizer)
     name = f"tokenizer{tokenizer.suffix}"
     for stale in [*folder.glob("text_*.bin"), folder / "manifest.json"]:
         stale.unlink(missing_ok=True)
-    write_atomically(folder / name, source)
+    write_atomically(folder / name, tokenizer.source)
     writers = {split: ShardWriter(folder, split) for split in ("train", "val")}
-    bar = tqdm(read_documents(files, arguments.text_field), "encode", len(seen) + duplicates, False, disable=None)
-    for document in bar:
+    documents = read_documents(files, arguments.text_field)
+    for document in tqdm(documents, "encode", len(seen) + duplicates, leave=False, disable=None, unit="doc"):
         writer = writers.get(seen.pop(hashlib.sha256(document).digest(), None))
         if writer:
             ids = tokenizer.encode(document)
@@ -259,11 +269,11 @@ def build(arguments: argparse.Namespace) -> str:
                 raise DataError("a document does not survive encode and decode; please report the tokenizer")
             writer.add(ids, len(document))
     splits = {split: writer.close() for split, writer in writers.items()}
-    entry = {"file": name, "sha256": tokenizer.sha256, "trained_here": trained_here, "pieces": len(tokenizer.pieces)}
+    entry = {"file": name, "sha256": tokenizer.sha256, "trained_here": trained_here}
     manifest = {"fingerprint": digest, "duplicates": duplicates, "tokenizer": entry, "splits": splits}
     write_atomically(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
     if not splits["val"]["documents"]:
-        raise DataError(f"{folder}: no document fell into the validation split (one in {SPLIT_MODULUS} does); add more")
+        raise DataError(f"{folder}: none of the documents validates (one in {SPLIT_MODULUS} does); add more")
     counts = "; ".join(
         f"{split}: {values['documents']} documents, {values['bytes']} bytes, {values['tokens']} tokens"
         for split, values in splits.items()
@@ -275,23 +285,26 @@ def build(arguments: argparse.Namespace) -> str:
 def main(argv: list[str]) -> int:
     """Parse the command line, build the dataset, return the exit code (5: an input is bad)."""
     cpu = Settings.from_env({"RECIPE": "cpu"})
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="*", type=Path, help="files and folders (default: Python's standard library)")
-    parser.add_argument("--output", type=Path, default=Path(cpu.data_path), help="folder to write (%(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=cpu.vocab_size, help="pieces to train (%(default)s)")
-    parser.add_argument("--tokenizer", type=Path, help="use this tokenizer instead of training one")
-    parser.add_argument("--text-field", default="text", help="field of .jsonl lines (%(default)s)")
-    parser.add_argument("--sample-bytes", type=int, default=50_000_000, help="text to train on (%(default)s)")
-    parser.add_argument("--tune", action="store_true", help="hold out training documents instead of validation's")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("inputs", nargs="*", type=Path, help="files and folders (default: Python's standard library)")
+    add("--output", type=Path, default=Path(cpu.data_path), help="folder to write (%(default)s)")
+    add("--vocab-size", type=int, default=cpu.vocab_size, help="pieces to train (%(default)s)")
+    add("--tokenizer", type=Path, help="use this tokenizer instead of training one")
+    add("--text-field", default="text", help="field of .jsonl lines (%(default)s)")
+    add("--sample-bytes", type=int, default=50_000_000, help="text to train the tokenizer on (%(default)s)")
+    add("--tune", action="store_true", help="hold out training documents instead of validation's")
     arguments = parser.parse_args(argv)
     try:
-        if arguments.tokenizer and not arguments.tokenizer.is_file():
-            raise DataError(f"--tokenizer {arguments.tokenizer}: no such file")
         print(build(arguments))
         return 0
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

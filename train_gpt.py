@@ -116,10 +116,10 @@ RECIPES = {
     """,
     # Seconds, for tests: every stage runs, nothing is learned worth having.
     "smoke": """
-        VOCAB_SIZE=300 NUM_LAYERS=3 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2
+        VOCAB_SIZE=384 NUM_LAYERS=3 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2
         ITERATIONS=4 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=1 WARMDOWN_ITERS=2
         TRAIN_BATCH_TOKENS=512 TRAIN_SEQ_LEN=32 MICRO_BATCH_SLOTS=2 DATA_LANES=4
-        TRAIN_LOG_EVERY=2 VAL_LOSS_EVERY=2 VAL_BATCH_SIZE=1024 EVAL_STRIDE=8
+        TRAIN_LOG_EVERY=2 VAL_LOSS_EVERY=2 VAL_BATCH_SIZE=1024 EVAL_STRIDE=8 EMA_DECAY=0.8
     """,
 }
 
@@ -146,6 +146,25 @@ def setting(default, doc: str, low=None, high=None, choices=None, stored: str = 
     """
     rule = {"doc": doc, "low": low, "high": high, "choices": choices, "stored": stored}
     return dataclasses.field(default=default, metadata=rule)
+
+
+def parse_setting(field: dataclasses.Field, text: str):
+    """Return `text` as the type of `field`; a bool is 0 or 1 and nothing else, a number is finite."""
+    if field.type == "str":
+        return text
+    rule, convert = {
+        "bool": ("0 (off) or 1 (on)", {"0": False, "1": True}.__getitem__),
+        "int": ("a whole number", int),
+        "float": ("a finite number", float),
+    }[field.type]
+    try:
+        value = convert(text)
+        if math.isfinite(value):
+            return value
+    except (ValueError, KeyError):
+        pass
+    doc = field.metadata["doc"]
+    raise SettingError(f"{field.name.upper()}={text!r} is not {rule}; the default is {field.default} ({doc})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,25 +322,6 @@ class Settings:
         """Return the settings that differ from the defaults, by variable name."""
         pairs = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
         return {field.name.upper(): value for field, value in pairs if value != field.default}
-
-
-def parse_setting(field: dataclasses.Field, text: str):
-    """Return `text` as the type of `field`; a bool is 0 or 1 and nothing else, a number is finite."""
-    if field.type == "str":
-        return text
-    rule, convert = {
-        "bool": ("0 (off) or 1 (on)", {"0": False, "1": True}.__getitem__),
-        "int": ("a whole number", int),
-        "float": ("a finite number", float),
-    }[field.type]
-    try:
-        value = convert(text)
-        if math.isfinite(value):
-            return value
-    except (ValueError, KeyError):
-        pass
-    doc = field.metadata["doc"]
-    raise SettingError(f"{field.name.upper()}={text!r} is not {rule}; the default is {field.default} ({doc})")
 
 
 # ============================================================================================================
@@ -625,7 +625,10 @@ class Tokenizer:
                 self.pieces += [bytes([value]) for value in range(256)]
             else:
                 self.model = sentencepiece.SentencePieceProcessor(model_proto=source)
-                self.pieces = [self._piece(token) for token in range(self.model.vocab_size())]
+                pieces = self.model.vocab_size() if source else 0
+                self.pieces = [self._piece(token) for token in range(pieces)]
+            if not self.pieces:
+                raise ValueError("it has no pieces")
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{name}: neither a SentencePiece model nor a pure byte tokenizer") from error
         is_byte = self.model.is_byte if self.model else bool
@@ -740,7 +743,8 @@ def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Datase
     together, or where the tokens' bytes are not those of the raw documents that the manifest counted.
     """
     folder = Path(settings.data_path)
-    manifest, tokenizer = read_manifest(folder), carried or Tokenizer.load(Path(settings.tokenizer_path))
+    paths, manifest = find_shards(folder, "val"), read_manifest(folder)
+    tokenizer = carried or Tokenizer.load(Path(settings.tokenizer_path))
     size = len(tokenizer.pieces)
     if size != settings.vocab_size:
         raise DataError(
@@ -750,7 +754,6 @@ def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Datase
         raise DataError(
             f"{folder}: its shards were made with another tokenizer than the run's; set TOKENIZER_PATH"
         )
-    paths = find_shards(folder, "val")
     shards = [open_shard(path) for path in paths]
     for path, shard in zip(paths, shards, strict=True):
         check_token_ids(shard, settings.vocab_size, path)
@@ -772,9 +775,9 @@ def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Datase
                 f"{folder}: {stated['bytes']} raw validation bytes, but {found} in tokens; make it anew"
             )
         hashes["train_sha256"] = manifest["splits"]["train"]["sha256"]
-    train = None if settings.eval_only else TokenStream(find_shards(folder, "train"), settings)
+    stream = None if settings.eval_only else TokenStream(find_shards(folder, "train"), settings)
     target_bytes = table.lengths(val_tokens[:-1], val_tokens[1:])
-    return Dataset(train, val_tokens, target_bytes, tokenizer, manifest, hashes)
+    return Dataset(stream, val_tokens, target_bytes, tokenizer, manifest, hashes)
 
 
 # ============================================================================================================
@@ -943,9 +946,9 @@ def try_attention_kernel(name: str, device: torch.device) -> None:
     expected = results()
     torch.nn.attention.activate_flash_attention_impl(name.upper())
     for got, want in zip(results(), expected, strict=True):
-        error = (got.float() - want.float()).norm() / want.float().norm()
+        error = (got.detach().float() - want.detach().float()).norm() / want.detach().float().norm()
         if not error < 0.02:
-            raise RuntimeError(f"differs from PyTorch's kernel by {float(error):.3g} of its norm")
+            raise RuntimeError(f"differs from PyTorch's kernel by {error.item():.3g} of its norm")
 
 
 def select_attention(settings: Settings, process: Process, log: Log) -> None:
@@ -1133,7 +1136,8 @@ class Optimizers:
 
 # ============================================================================================================
 # 6 AVERAGING. In: the weights after every step. Out: the weights that are exported. The average lives on the
-# training device in float32; how far it moved the weights is logged, so an average that does nothing is seen.
+# training device, in float32: in bfloat16 small changes would be rounded away. How far it moved the weights
+# is logged, so an average that does nothing is seen.
 # ============================================================================================================
 
 
@@ -1149,7 +1153,8 @@ class Ema:
     def update(self) -> None:
         """Take in the weights as they are now."""
         if self.decay:
-            torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), 1 - self.decay)
+            live = [parameter.float() for parameter in self.live.values()]
+            torch._foreach_lerp_(list(self.average.values()), live, 1 - self.decay)
             self.count += 1
 
     def weights(self) -> dict[str, Tensor]:
@@ -1278,61 +1283,6 @@ def pack_artifact(weights: dict[str, Tensor], settings: Settings, tokenizer: Tok
     return body + hashlib.sha256(body).digest()
 
 
-def read_artifact(path: Path) -> Artifact:
-    """Read and check an artifact file; raises DataError naming the file and what is wrong with it."""
-    try:
-        if path.stat().st_size > MAX_PAYLOAD_BYTES:
-            raise DataError(
-                f"{path}: {path.stat().st_size} bytes are more than any artifact has; not an artifact"
-            )
-        data = path.read_bytes()
-        return unpack_artifact(data)
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); set EVAL_ONLY to an artifact.bin"
-        ) from error
-    except (ValueError, KeyError, TypeError, RecursionError, zstandard.ZstdError) as error:
-        raise DataError(f"{path}: not a valid artifact ({error}); get it anew") from error
-
-
-def unpack_artifact(data: bytes) -> Artifact:
-    """Return the content of an artifact file; raises ValueError, or a kind of it, with the reason."""
-    if data[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
-        raise ValueError("it does not start with an artifact's magic bytes")
-    if len(data) < ARTIFACT_PREFIX.size + 32:
-        raise ValueError("it is truncated")
-    _, version, header_size = ARTIFACT_PREFIX.unpack_from(data)
-    if version != ARTIFACT_VERSION:
-        raise ValueError(f"format version {version}, this script reads version {ARTIFACT_VERSION}")
-    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise ValueError("its SHA-256 does not match: truncated or altered")
-    header_end = ARTIFACT_PREFIX.size + header_size
-    if header_size > MAX_HEADER_BYTES or header_end > len(data) - 32:
-        raise ValueError(f"a header of {header_size} bytes does not fit")
-    header = json.loads(data[ARTIFACT_PREFIX.size : header_end])
-    settings = stored_settings(header["settings"])
-    tensors = check_tensors(header["tensors"], settings)
-    embedded_size = int(header["tokenizer"]["bytes"])
-    sizes = {"integers": 0, "scales": 0, "floats": 0, "tokenizer": embedded_size}
-    for _, shape, kind in tensors:
-        count = math.prod(shape)
-        sizes["integers"] += count if kind in QUANTIZED_KINDS else 0
-        sizes["scales"] += shape[0] * SCALE_TYPE.itemsize if kind in QUANTIZED_KINDS else 0
-        sizes["floats"] += 0 if kind in QUANTIZED_KINDS else count * FLOAT_KINDS[kind].itemsize
-    if not 0 <= embedded_size <= sum(sizes.values()) <= MAX_PAYLOAD_BYTES:
-        raise ValueError(f"its header needs {sum(sizes.values())} bytes, more than any artifact has")
-    payload = io.BytesIO(expand_frame(data[header_end:-32], sum(sizes.values())))
-    blocks = {name: payload.read(size) for name, size in sizes.items()}
-    tokenizer = Tokenizer(blocks["tokenizer"], header["tokenizer"]["suffix"]) if embedded_size else None
-    if tokenizer and tokenizer.sha256 != header["tokenizer"]["sha256"]:
-        raise ValueError("its tokenizer is not the one its header names")
-    weights = unpack_tensors(tensors, blocks)
-    sha256 = hashlib.sha256(data).hexdigest()
-    return Artifact(
-        settings.stored_values(), weights, tokenizer, header["tokenizer"]["sha256"], sha256, len(data)
-    )
-
-
 def stored_settings(values: Mapping[str, object]) -> Settings:
     """Return Settings with an artifact's stored values; raises ValueError unless they are all valid."""
     expected = Settings().stored_values()
@@ -1401,6 +1351,61 @@ def unpack_tensors(tensors: list[tuple[str, list[int], str]], blocks: dict[str, 
             values, floats = floats[:count].reshape(shape), floats[count:]
             weights[name] = torch.from_numpy(values.copy())
     return weights
+
+
+def unpack_artifact(data: bytes) -> Artifact:
+    """Return the content of an artifact file; raises ValueError, or a kind of it, with the reason."""
+    if data[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
+        raise ValueError("it does not start with an artifact's magic bytes")
+    if len(data) < ARTIFACT_PREFIX.size + 32:
+        raise ValueError("it is truncated")
+    _, version, header_size = ARTIFACT_PREFIX.unpack_from(data)
+    if version != ARTIFACT_VERSION:
+        raise ValueError(f"format version {version}, this script reads version {ARTIFACT_VERSION}")
+    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise ValueError("its SHA-256 does not match: truncated or altered")
+    header_end = ARTIFACT_PREFIX.size + header_size
+    if header_size > MAX_HEADER_BYTES or header_end > len(data) - 32:
+        raise ValueError(f"a header of {header_size} bytes does not fit")
+    header = json.loads(data[ARTIFACT_PREFIX.size : header_end])
+    settings = stored_settings(header["settings"])
+    tensors = check_tensors(header["tensors"], settings)
+    embedded_size = int(header["tokenizer"]["bytes"])
+    sizes = {"integers": 0, "scales": 0, "floats": 0, "tokenizer": embedded_size}
+    for _, shape, kind in tensors:
+        count = math.prod(shape)
+        sizes["integers"] += count if kind in QUANTIZED_KINDS else 0
+        sizes["scales"] += shape[0] * SCALE_TYPE.itemsize if kind in QUANTIZED_KINDS else 0
+        sizes["floats"] += 0 if kind in QUANTIZED_KINDS else count * FLOAT_KINDS[kind].itemsize
+    if not 0 <= embedded_size <= sum(sizes.values()) <= MAX_PAYLOAD_BYTES:
+        raise ValueError(f"its header needs {sum(sizes.values())} bytes, more than any artifact has")
+    payload = io.BytesIO(expand_frame(data[header_end:-32], sum(sizes.values())))
+    blocks = {name: payload.read(size) for name, size in sizes.items()}
+    tokenizer = Tokenizer(blocks["tokenizer"], header["tokenizer"]["suffix"]) if embedded_size else None
+    if tokenizer and tokenizer.sha256 != header["tokenizer"]["sha256"]:
+        raise ValueError("its tokenizer is not the one its header names")
+    weights = unpack_tensors(tensors, blocks)
+    sha256 = hashlib.sha256(data).hexdigest()
+    return Artifact(
+        settings.stored_values(), weights, tokenizer, header["tokenizer"]["sha256"], sha256, len(data)
+    )
+
+
+def read_artifact(path: Path) -> Artifact:
+    """Read and check an artifact file; raises DataError naming the file and what is wrong with it."""
+    try:
+        if path.stat().st_size > MAX_PAYLOAD_BYTES:
+            raise DataError(
+                f"{path}: {path.stat().st_size} bytes are more than any artifact has; not an artifact"
+            )
+        data = path.read_bytes()
+        return unpack_artifact(data)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); set EVAL_ONLY to an artifact.bin"
+        ) from error
+    except (ValueError, KeyError, TypeError, RecursionError, zstandard.ZstdError) as error:
+        raise DataError(f"{path}: not a valid artifact ({error}); get it anew") from error
 
 
 # ============================================================================================================
@@ -1751,6 +1756,11 @@ def run(settings: Settings, process: Process, run_dir: Path, log: Log) -> dict[s
     return result
 
 
+def interrupt_code(interrupt: KeyboardInterrupt) -> int:
+    """Return the shell's exit code of an interrupt: 143 for SIGTERM (see the main guard), else 130."""
+    return 143 if interrupt.args else 130
+
+
 def run_and_record(settings: Settings, process: Process, notes: list[str]) -> int:
     """Run, write result.json whatever happens, and return the exit code."""
     run_id = settings.run_id or f"{settings.recipe}-seed{settings.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -1784,11 +1794,6 @@ def run_and_record(settings: Settings, process: Process, notes: list[str]) -> in
             write_atomically(run_dir / "result.json", (json.dumps(record, indent=2) + "\n").encode())
         log.close(record.get("error"))
     return record["exit_code"]
-
-
-def interrupt_code(interrupt: KeyboardInterrupt) -> int:
-    """Return the shell's exit code of an interrupt: 143 for SIGTERM (see the main guard), else 130."""
-    return 143 if interrupt.args else 130
 
 
 def main(environment: Mapping[str, str]) -> int:

@@ -1,11 +1,11 @@
 """Turn any text into token shards: `python data/text.py [INPUT ...]`.
 
-Inputs are files and folders of text or source code, and .jsonl files with a text field; each may be compressed
-(.gz, .xz, .zst). Without inputs it takes the standard library of the running Python. Out, in one folder: token
-shards in the contest's format, the tokenizer, and manifest.json (per split: documents, tokens, raw bytes,
-SHA-256). The split goes by the content of a document (first 8 bytes of its SHA-256, big-endian, modulo 20: 0
-validates), and equal documents are kept once, so no document is on both sides. Every document survives exactly:
-decode(encode(document)) == document.
+Inputs are files and folders of text or source code, and .jsonl files with a text field; each may be
+compressed (.gz, .xz, .zst). Without inputs it takes the standard library of the running Python. Out, in one
+folder: token shards in the contest's format, the tokenizer, and manifest.json (per split: documents, tokens,
+raw bytes, SHA-256). The split goes by the content of a document (first 8 bytes of its SHA-256, big-endian,
+modulo 20: 0 validates), and equal documents are kept once, so no document is on both sides. Every document
+survives exactly: decode(encode(document)) == document.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import zstandard
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_gpt import (  # noqa: E402
+from train_gpt import (
     MARKER_ID,
     WORD_START,
     DataError,
@@ -112,8 +112,8 @@ def read_documents(files: list[tuple[Path, bool]], field: str) -> Iterator[bytes
 def split_of(digest: bytes, tune: bool) -> str | None:
     """Return "train" or "val" for a document with this SHA-256, or None for one that is left out.
 
-    With `tune` the validation documents stay away and a twentieth of the training documents takes their place:
-    for choosing settings without a look at the validation split.
+    With `tune` the validation documents stay away and a twentieth of the training documents takes their
+    place: for choosing settings without a look at the validation split.
     """
     remainder = int.from_bytes(digest[:8], "big") % SPLIT_MODULUS
     if tune:

@@ -1,0 +1,228 @@
+"""SETTINGS: every rule broken once, every setting seen to act. Run alone: pytest tests/test_01_settings.py"""
+
+import dataclasses
+import json
+
+import pytest
+from conftest import metrics_of, result_of
+
+import train_gpt
+from train_gpt import RECIPES, REFUSED_NAMES, SettingError, Settings
+
+FIELDS = {field.name.upper(): field for field in dataclasses.fields(Settings)}
+
+
+def test_defaults_need_no_environment():
+    assert Settings.from_env({}) == Settings()
+    assert Settings().changed() == {}
+
+
+def test_from_env_reads_its_argument_only(monkeypatch):
+    monkeypatch.setenv("NUM_LAYERS", "7")
+    monkeypatch.setenv("RECIPE", "smoke")
+    assert Settings.from_env({}) == Settings()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes(recipe):
+    settings = Settings.from_env({"RECIPE": recipe})
+    assert settings.recipe == recipe
+    names = {pair.split("=")[0] for pair in RECIPES[recipe].split()}
+    assert names == settings.changed().keys() - {"RECIPE"}, "a recipe's row states what differs, nothing else"
+
+
+def test_hand_set_wins_over_recipe():
+    row = Settings.from_env({"RECIPE": "smoke"})
+    by_hand = Settings.from_env({"RECIPE": "smoke", "SEED": "5", "NUM_LAYERS": "2"})
+    assert by_hand == dataclasses.replace(row, seed=5, num_layers=2)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"NUM_LAYERS": "eight"}, ["NUM_LAYERS='eight'", "whole number", "default is 9"]),
+        ({"NUM_LAYERS": "2.5"}, ["NUM_LAYERS='2.5'", "whole number"]),
+        ({"NUM_LAYERS": ""}, ["NUM_LAYERS=''", "whole number"]),
+        ({"MATRIX_LR": "fast"}, ["MATRIX_LR='fast'", "finite number"]),
+        ({"MATRIX_LR": "nan"}, ["MATRIX_LR='nan'", "finite number"]),
+        ({"MAX_WALLCLOCK_SECONDS": "inf"}, ["MAX_WALLCLOCK_SECONDS='inf'", "finite number"]),
+        ({"TIE_EMBEDDINGS": "yes"}, ["TIE_EMBEDDINGS='yes'", "0 (off) or 1 (on)"]),
+        ({"TIE_EMBEDDINGS": "true"}, ["TIE_EMBEDDINGS='true'", "0 (off) or 1 (on)"]),
+        ({"RECIPE": "bigger"}, ["RECIPE='bigger'", "choose one of baseline, cpu, smoke"]),
+        ({"ATTENTION": "flash"}, ["ATTENTION='flash'", "auto, sdpa, fa3, fa4"]),
+        ({"COMPILE": "2"}, ["COMPILE='2'", "auto, 0, 1"]),
+        ({"MATRIX_BITS": "7"}, ["MATRIX_BITS=7", "5, 6, 8"]),
+        ({"ITERATIONS": "0"}, ["ITERATIONS=0", "1 at least"]),
+        ({"EMA_DECAY": "1"}, ["EMA_DECAY=1.0", "0.999999 at most"]),
+        ({"MATRIX_LR": "-0.1"}, ["MATRIX_LR=-0.1", "0.0 at least"]),
+        ({"VOCAB_SIZE": "70000"}, ["VOCAB_SIZE=70000", "65536 at most"]),
+        ({"NUM_HEADS": "6"}, ["MODEL_DIM=512", "multiple of NUM_HEADS", "6"]),
+        ({"NUM_KV_HEADS": "3"}, ["NUM_HEADS=8", "multiple of NUM_KV_HEADS", "3"]),
+        ({"MODEL_DIM": "24"}, ["MODEL_DIM=24", "even multiple of NUM_HEADS"]),
+        ({"TRAIN_BATCH_TOKENS": "500000"}, ["TRAIN_BATCH_TOKENS=500000", "8192"]),
+        ({"VAL_BATCH_SIZE": "1024"}, ["VAL_BATCH_SIZE=1024", "MICRO_BATCH_SLOTS windows", "8192"]),
+        ({"EVAL_STRIDE": "2000"}, ["EVAL_STRIDE=2000", "at most the scoring window", "1024"]),
+        ({"NUM_LAYRES": "4"}, ["NUM_LAYRES='4'", "NUM_LAYERS"]),
+        ({"ITERATION": "4"}, ["ITERATION='4'", "ITERATIONS"]),
+        ({"EVAL_STRIDES": "4"}, ["EVAL_STRIDES='4'", "EVAL_STRIDE"]),
+    ],
+)
+def test_broken_rules_name_variable_value_rule_and_remedy(variables, words):
+    with pytest.raises(SettingError) as caught:
+        Settings.from_env(variables)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_bound_is_checked(name):
+    """One step outside each end of each range is refused, and the message names the variable."""
+    field = FIELDS[name]
+    outside = [field.metadata["low"] - 1] if field.metadata["low"] is not None else []
+    outside += [field.metadata["high"] + 1] if field.metadata["high"] is not None else []
+    outside += ["none of these"] if field.metadata["choices"] else []
+    for value in outside:
+        with pytest.raises(SettingError, match=f"^{name}="):
+            dataclasses.replace(Settings(), **{field.name: value})
+
+
+@pytest.mark.parametrize("name", REFUSED_NAMES)
+def test_names_of_other_submissions_are_refused(name):
+    with pytest.raises(SettingError, match=f"^{name}='1' is not a setting here: "):
+        Settings.from_env({name: "1"})
+
+
+def test_usual_environments_raise_no_false_alarm():
+    usual = """
+        PATH HOME LANG USER SHELL TERM PWD OLDPWD LOGNAME HOSTNAME SHLVL DISPLAY EDITOR PAGER TMPDIR
+        RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK ROLE_NAME MASTER_ADDR MASTER_PORT
+        TORCHELASTIC_RUN_ID TORCHELASTIC_MAX_RESTARTS OMP_NUM_THREADS MKL_NUM_THREADS CUDA_VISIBLE_DEVICES
+        CUDA_HOME CUDA_PATH LD_LIBRARY_PATH NCCL_DEBUG NCCL_NET PYTHONPATH PYTHONHASHSEED PYTHONUNBUFFERED
+        VIRTUAL_ENV CONDA_PREFIX HF_HOME HF_TOKEN WANDB_MODE PYTORCH_CUDA_ALLOC_CONF TORCHINDUCTOR_CACHE_DIR
+        SLURM_JOB_ID SLURM_PROCID XDG_RUNTIME_DIR SSH_CONNECTION GPG_TTY CI GITHUB_RUN_ID SAMPLE_DATA
+        MAKEFLAGS MAKELEVEL MFLAGS http_proxy no_proxy PIP_INDEX_URL
+    """
+    assert Settings.from_env(dict.fromkeys(usual.split(), "x")) == Settings()
+
+
+def test_artifact_values_stand_between_recipe_and_hand():
+    stored = Settings.from_env({"RECIPE": "smoke", "MODEL_DIM": "64", "EVAL_STRIDE": "4"}).stored_values()
+    settings = Settings.from_env({"RECIPE": "smoke", "EVAL_STRIDE": "16"}, stored)
+    assert settings.model_dim == 64
+    assert settings.eval_stride == 16
+    with pytest.raises(SettingError, match=r"^MODEL_DIM=32 contradicts the artifact's 64; unset MODEL_DIM"):
+        Settings.from_env({"RECIPE": "smoke", "MODEL_DIM": "32"}, stored)
+
+
+# A value per setting that must change something in a tiny run; a base where the setting needs company.
+ACTS = {
+    "RECIPE": "baseline",
+    "SEED": "7",
+    "ITERATIONS": "3",
+    "WARMDOWN_ITERS": "4",
+    "TRAIN_BATCH_TOKENS": "1024",
+    "TRAIN_SEQ_LEN": "64",
+    "MICRO_BATCH_SLOTS": "4",
+    "DATA_LANES": "1",
+    "VOCAB_SIZE": "400",
+    "NUM_LAYERS": "2",
+    "MODEL_DIM": "48",
+    "NUM_HEADS": "8",
+    "NUM_KV_HEADS": "4",
+    "MLP_MULT": "1.5",
+    "TIE_EMBEDDINGS": "0",
+    "LOGIT_SOFTCAP": "5",
+    "ROPE_BASE": "100",
+    "QK_GAIN_INIT": "1",
+    "TIED_EMBED_INIT_STD": "0.1",
+    "TIED_EMBED_LR": "0.1",
+    "EMBED_LR": "0.1",
+    "HEAD_LR": "0.1",
+    "MATRIX_LR": "0.1",
+    "SCALAR_LR": "0.1",
+    "MUON_MOMENTUM": "0.5",
+    "MUON_MOMENTUM_WARMUP_START": "0.5",
+    "MUON_MOMENTUM_WARMUP_STEPS": "2",
+    "MUON_BACKEND_STEPS": "2",
+    "MUON_WD": "0.5",
+    "ADAM_WD": "0.5",
+    "BETA1": "0.5",
+    "BETA2": "0.5",
+    "ADAM_EPS": "0.1",
+    "GRAD_CLIP_NORM": "0.01",
+    "EMA_DECAY": "0",
+    "MATRIX_BITS": "5",
+    "EMBED_BITS": "6",
+    "EVAL_SEQ_LEN": "16",
+    "EVAL_STRIDE": "8",
+    "TRAIN_LOG_EVERY": "1",
+    "VAL_LOSS_EVERY": "1",
+    "WARMUP_STEPS": "2",
+    "MAX_WALLCLOCK_SECONDS": "0.001",
+    "ARTIFACT_LIMIT_BYTES": "1000",
+    "ATTENTION": "fa3",
+    "COMPILE": "1",
+    "VAL_BATCH_SIZE": "256",
+    "DATA_PATH": "/nowhere",
+    "TOKENIZER_PATH": "/nowhere/tokenizer.model",
+    "EVAL_ONLY": "/nowhere/artifact.bin",
+    "RUN_ID": "named",
+    "RUN_DIR": "elsewhere",
+}
+BASE = {"EMBED_LR": {"TIE_EMBEDDINGS": "0"}, "HEAD_LR": {"TIE_EMBEDDINGS": "0"}, "RUN_ID": {"RUN_DIR": ""}}
+BASE |= {"EVAL_SEQ_LEN": {"EVAL_STRIDE": "8"}, "MICRO_BATCH_SLOTS": {}, "ADAM_EPS": {"WARMDOWN_ITERS": "0"}}
+BASE |= {"TRAIN_LOG_EVERY": {"ITERATIONS": "12", "TRAIN_LOG_EVERY": "0"}}
+
+
+def observe(env, monkeypatch, tmp_path):
+    """Run and return everything a user could notice, times left out."""
+    monkeypatch.chdir(tmp_path)
+    seen = {"compiled": 0, "passes": 0}
+    chunk = train_gpt.ScoredChunk
+
+    def count_compile(function, **_):
+        seen["compiled"] += 1
+        return function
+
+    def count_pass(*values):
+        seen["passes"] += 1
+        return chunk(*values)
+
+    monkeypatch.setattr(train_gpt.torch, "compile", count_compile)
+    monkeypatch.setattr(train_gpt, "ScoredChunk", count_pass)
+    seen["exit"] = train_gpt.main(env)
+    seen["folders"] = sorted(p.parent.name for p in tmp_path.rglob("result.json"))
+    run_dirs = [p.parent for p in tmp_path.rglob("result.json")]
+    if seen["exit"] == 0:
+        env = {**env, "RUN_DIR": str(run_dirs[0])}
+        result = result_of(env)
+        artifact = train_gpt.read_artifact(run_dirs[0] / "artifact.bin")
+        seen["weights"] = [tensor.numpy().tobytes() for tensor in artifact.weights.values()]
+        seen["numbers"] = [result[name] for name in ("val_loss", "val_bpb", "steps", "train_loss")]
+        seen["events"] = [len(metrics_of(env, event)) for event in ("train", "validation")]
+        seen["warmup"] = (run_dirs[0] / "run.log").read_text().count("warmup_step:")
+    for run_dir in run_dirs:
+        (run_dir / "result.json").unlink()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def observed_bases():
+    return {}
+
+
+def test_every_setting_is_in_the_table():
+    assert ACTS.keys() == FIELDS.keys()
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_every_setting_acts(name, env, monkeypatch, tmp_path, observed_bases):
+    base = {**env, "RUN_DIR": "run", "WARMUP_STEPS": "0", **BASE.get(name, {})}
+    key = json.dumps({k: v for k, v in base.items() if "tmp" not in v})
+    if key not in observed_bases:
+        observed_bases[key] = observe(base, monkeypatch, tmp_path)
+        monkeypatch.undo()
+    assert observed_bases[key]["exit"] == 0
+    assert observe({**base, name: ACTS[name]}, monkeypatch, tmp_path) != observed_bases[key]

@@ -1,0 +1,217 @@
+"""NEURAL SCORING: every target once, one account. Run alone: pytest tests/test_08_scoring.py"""
+
+import math
+
+import numpy as np
+import pytest
+import reference
+import torch
+
+import train_gpt
+from train_gpt import (
+    GPT,
+    DataError,
+    Ledger,
+    NonFiniteError,
+    ScoredChunk,
+    Settings,
+    plan_windows,
+    score_stream,
+)
+
+TOTALS = [0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 97, 128, 1009]
+
+
+@pytest.mark.parametrize("total", TOTALS)
+@pytest.mark.parametrize(("seq_len", "stride"), [(8, 8), (8, 3), (8, 1), (16, 7), (1, 1), (2000, 64)])
+def test_plan_is_the_plain_loops(total, seq_len, stride):
+    plan = plan_windows(total, seq_len, stride)
+    assert plan.dtype == np.int64
+    assert plan.tolist() == [list(window) for window in reference.windows(total, seq_len, stride)]
+
+
+@pytest.mark.parametrize("total", TOTALS)
+def test_plan_prices_every_target_once_with_full_context(total):
+    times = np.zeros(total, int)
+    for start, first, stop in plan_windows(total, 16, 5):
+        assert 0 <= start <= first < stop <= total
+        assert stop - start <= 16
+        assert start == 0 or stop - start == 16
+        times[first:stop] += 1
+    assert (times == 1).all()
+
+
+def test_plan_of_the_contests_split_is_quick_and_complete():
+    plan = plan_windows(62_021_632, 2048, 64)
+    assert len(plan) == 969_057  # as the #779 log has it
+    assert (plan[1:, 1] == plan[:-1, 2]).all()
+    assert plan[-1, 2] == 62_021_632
+
+
+def make_model(vocab_size=50, seq_len=16):
+    torch.manual_seed(0)
+    variables = {"RECIPE": "smoke", "VOCAB_SIZE": str(vocab_size), "TRAIN_SEQ_LEN": str(seq_len)}
+    model = GPT(Settings.from_env({**variables, "EVAL_STRIDE": "1"}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def collect(stream):
+    """Concatenate a stream's chunks in order of position."""
+    chunks = list(stream)
+    if not chunks:
+        return None
+    whole = ScoredChunk(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+    order = whole.positions.argsort()
+    return ScoredChunk(*(part[order] for part in whole))
+
+
+def one_by_one(model, tokens, seq_len, stride):
+    """Price every target in a pass of its own, without padding or batches."""
+    prices, entropies = [], []
+    for start, first, stop in reference.windows(len(tokens) - 1, seq_len, stride):
+        rows = (
+            model.logits(torch.tensor(tokens[start:stop].astype(np.int64))[None])[0].double().log_softmax(-1)
+        )
+        for target in range(first, stop):
+            row = rows[target - start].detach()
+            prices.append(row[int(tokens[target + 1])].item())
+            entropies.append(-(row.exp() * row).sum().item())
+    return prices, entropies
+
+
+@pytest.mark.parametrize("length", [2, 3, 16, 17, 18, 40, 61])
+@pytest.mark.parametrize("stride", [16, 5, 1])
+def test_stream_equals_pricing_one_by_one(process, length, stride):
+    model = make_model()
+    tokens = np.random.default_rng(length).integers(0, 50, length).astype(np.uint16)
+    whole = collect(score_stream(model.logits, tokens, 16, stride, 3, process, "test"))
+    prices, entropies = one_by_one(model, tokens, 16, stride)
+    assert whole.positions.tolist() == list(range(length - 1))
+    assert whole.targets.tolist() == tokens[1:].tolist()
+    assert whole.logp.tolist() == pytest.approx(prices, abs=2e-5)
+    assert whole.entropy.tolist() == pytest.approx(entropies, abs=2e-5)
+
+
+def test_stream_of_one_token_is_empty(process):
+    assert (
+        collect(score_stream(make_model().logits, np.zeros(1, np.uint16), 16, 4, 3, process, "test")) is None
+    )
+
+
+def test_ranks_share_the_windows_and_change_nothing(process):
+    model = make_model()
+    tokens = np.random.default_rng(0).integers(0, 50, 200).astype(np.uint16)
+    whole = collect(score_stream(model.logits, tokens, 16, 4, 5, process, "test"))
+    shares = []
+    for rank in range(3):
+        share = train_gpt.Process(rank, 3, torch.device("cpu"))
+        shares += list(score_stream(model.logits, tokens, 16, 4, 5, share, "test"))
+    together = collect(shares)
+    assert together.positions.equal(whole.positions)
+    assert (together.logp - whole.logp).abs().max() < 1e-6
+
+
+def test_later_tokens_change_no_earlier_price(process):
+    model = make_model()
+    tokens = np.random.default_rng(1).integers(0, 50, 90).astype(np.uint16)
+    before = collect(score_stream(model.logits, tokens, 16, 4, 5, process, "test")).logp
+    for t in (1, 30, 47, 89):
+        changed = tokens.copy()
+        changed[t:] = (changed[t:] + 7) % 50
+        after = collect(score_stream(model.logits, changed, 16, 4, 5, process, "test")).logp
+        assert after[: t - 1].equal(before[: t - 1])
+        assert not after[t - 1 :].equal(before[t - 1 :])
+
+
+def test_uniform_model_scores_exactly_log2_of_the_vocabulary(process):
+    """With V = 64 a token costs 6 bits; 3 bytes a token make 2 bits per byte, to the last digit."""
+
+    def uniform(ids, last):
+        return torch.zeros(*ids[:, -last:].shape, 64)
+
+    tokens = np.random.default_rng(2).integers(0, 64, 1001).astype(np.uint16)
+    ledger = Ledger(np.full(1000, 3), process)
+    for chunk in score_stream(uniform, tokens, 32, 8, 4, process, "test"):
+        ledger.add(chunk)
+        assert chunk.entropy.tolist() == pytest.approx([math.log(64)] * len(chunk.entropy), rel=1e-6)
+    score = ledger.close()
+    assert score.val_loss == pytest.approx(math.log(64), rel=1e-7)
+    assert score.val_bpb == pytest.approx(2.0, rel=1e-7)
+
+
+def chunk_of(positions, logp):
+    positions, logp = torch.tensor(positions), torch.tensor(logp)
+    return ScoredChunk(positions, torch.zeros_like(positions), logp, torch.zeros_like(logp))
+
+
+def test_a_figure_worked_by_hand(process):
+    """Probabilities 1/2, 1/8, 1/4 cost 1 + 3 + 2 = 6 bits; over 4 + 0 + 5 = 9 bytes that is 2/3 bit per byte."""
+    ledger = Ledger(np.array([4, 0, 5]), process)
+    ledger.add(chunk_of([2], [math.log(1 / 4)]))
+    ledger.add(chunk_of([0, 1], [math.log(1 / 2), math.log(1 / 8)]))
+    score = ledger.close()
+    assert score.val_bpb == pytest.approx(2 / 3, rel=1e-7)
+    assert score.val_loss == pytest.approx(2 * math.log(2), rel=1e-7)
+    assert (score.tokens, score.bytes) == (3, 9)
+
+
+@pytest.mark.parametrize(
+    ("positions", "wrong"), [([0, 1], 1), ([0, 1, 1], 2), ([0, 1, 2, 2], 1), ([0, 1, 2, 0, 1, 2], 3), ([], 3)]
+)
+def test_ledger_refuses_targets_not_priced_exactly_once(process, positions, wrong):
+    ledger = Ledger(np.ones(3), process)
+    for position in positions:
+        ledger.add(chunk_of([position], [-1.0]))
+    with pytest.raises(DataError, match=f"^{wrong} of 3 targets were not priced exactly once"):
+        ledger.close()
+
+
+def test_ledger_counts_a_repeat_inside_one_chunk(process):
+    ledger = Ledger(np.ones(2), process)
+    ledger.add(chunk_of([0, 0, 1], [-1.0, -1.0, -1.0]))
+    with pytest.raises(DataError, match="1 of 2 targets"):
+        ledger.close()
+
+
+def test_a_plan_that_skips_or_repeats_is_caught(process, monkeypatch):
+    """The two faults of public evaluators: a first window partly unscored, a last window scored again."""
+    model, tokens = make_model(), np.arange(50, dtype=np.uint16)
+    plan = plan_windows(49, 16, 4)
+
+    def total_with(bad):
+        monkeypatch.setattr(train_gpt, "plan_windows", lambda *_: bad)
+        ledger = Ledger(np.ones(49), process)
+        for chunk in score_stream(model.logits, tokens, 16, 4, 5, process, "test"):
+            ledger.add(chunk)
+        return ledger.close()
+
+    total_with(plan)
+    skipping = plan.copy()
+    skipping[3, 1] += 1
+    for bad in (skipping, np.concatenate((plan, plan[-1:]))):
+        with pytest.raises(DataError, match="not priced exactly once"):
+            total_with(bad)
+
+
+def test_ledger_refuses_scores_without_meaning(process):
+    ledger = Ledger(np.ones(1), process)
+    ledger.add(chunk_of([0], [float("nan")]))
+    with pytest.raises(NonFiniteError, match="nan nats"):
+        ledger.close()
+    ledger = Ledger(np.zeros(1), process)
+    ledger.add(chunk_of([0], [-1.0]))
+    with pytest.raises(DataError, match="have no bytes"):
+        ledger.close()
+
+
+def test_float64_sums_of_many_small_prices(process):
+    """Ten million prices of 0.1 nats in chunks: float32 sums would be off in the fourth digit."""
+    ledger = Ledger(np.ones(10_000_000, np.int8), process)
+    price = torch.full((1_000_000,), -0.1)
+    for first in range(0, 10_000_000, 1_000_000):
+        positions = torch.arange(first, first + 1_000_000)
+        ledger.add(ScoredChunk(positions, positions, price, price))
+    assert ledger.close().val_loss == pytest.approx(float(-price[0].double()), rel=1e-12)

@@ -1,0 +1,326 @@
+"""RUN: everything end to end, in this process and under torchrun. Run alone: pytest tests/test_09_run.py"""
+
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, metrics_of, result_of, shell_environment
+from test_02_process import torchrun
+from test_03_data import write_shard
+
+import train_gpt
+from train_gpt import main
+
+FINAL_LINE = re.compile(
+    r"final val_bpb:(\d+\.\d{8}) val_loss:(\d+\.\d{8}) artifact_bytes:(\d+) "
+    r"train_seconds:(\d+\.\d) eval_seconds:(\d+\.\d)"
+)
+
+
+def artifact_bytes(env):
+    return (Path(env["RUN_DIR"]) / "artifact.bin").read_bytes()
+
+
+def test_a_run_leaves_a_complete_folder(env, capsys):
+    assert main({**env, "VAL_LOSS_EVERY": "2"}) == 0
+    folder, result = Path(env["RUN_DIR"]), result_of(env)
+    assert {path.name for path in folder.iterdir()} == {
+        "run.log",
+        "metrics.jsonl",
+        "result.json",
+        "artifact.bin",
+    }
+    printed = capsys.readouterr().out
+    assert printed == (folder / "run.log").read_text()
+    final = FINAL_LINE.fullmatch(printed.splitlines()[-1])
+    assert final, printed.splitlines()[-1]
+    assert float(final[1]) == pytest.approx(result["val_bpb"], abs=1e-8)
+    assert float(final[2]) == pytest.approx(result["val_loss"], abs=1e-8)
+    assert int(final[3]) == result["artifact_bytes"] == len(artifact_bytes(env))
+    assert result["total_bytes"] == result["artifact_bytes"] + (REPOSITORY / "train_gpt.py").stat().st_size
+    assert (result["exit_code"], result["seed"], result["steps"]) == (0, 1337, 4)
+    assert result["hashes"].keys() >= {"val_sha256", "train_sha256", "tokenizer_sha256", "script_sha256"}
+    assert [event["step"] for event in metrics_of(env, "validation")] == [0, 2, 4]
+    assert [event["step"] for event in metrics_of(env, "train")] == [1, 2, 3, 4]
+    assert re.search(r"^settings that differ from the defaults: RECIPE=smoke ", printed, re.M)
+    assert re.search(r"^torch:\S+ python:\S+ device:cpu", printed, re.M)
+    assert result["hashes"]["script_sha256"] in printed
+    assert re.search(
+        r"^step:2/4 val_loss:\d\.\d{4} val_bpb:\d\.\d{4} train_time:\d+ms step_avg:", printed, re.M
+    )
+    assert re.search(r"^reference: xz -9e on the same \d+ bytes: \d\.\d{4} bpb$", printed, re.M)
+    before, after = (metrics_of(env, "validation")[i]["val_loss"] for i in (0, -1))
+    assert before == pytest.approx(math.log(384), abs=0.05)
+    assert after < before
+
+
+def test_same_seed_gives_the_same_artifact_and_score(env, tmp_path):
+    assert main(env) == 0
+    again = {**env, "RUN_DIR": str(tmp_path / "again"), "RUN_ID": "another name"}
+    assert main(again) == 0
+    assert artifact_bytes(env) == artifact_bytes(again)
+    assert result_of(env)["val_loss"] == result_of(again)["val_loss"]
+    other = {**env, "RUN_DIR": str(tmp_path / "other"), "SEED": "2"}
+    assert main(other) == 0
+    assert artifact_bytes(env) != artifact_bytes(other)
+
+
+def test_warm_up_leaves_no_trace(env, tmp_path):
+    files = []
+    for steps in ("0", "3"):
+        run = {**env, "WARMUP_STEPS": steps, "RUN_DIR": str(tmp_path / steps)}
+        assert main(run) == 0
+        files.append(artifact_bytes(run))
+    assert files[0] == files[1]
+
+
+def test_validation_during_training_leaves_no_trace(env, tmp_path):
+    files = []
+    for every in ("0", "1"):
+        run = {**env, "VAL_LOSS_EVERY": every, "RUN_DIR": str(tmp_path / every)}
+        assert main(run) == 0
+        files.append(artifact_bytes(run))
+    assert files[0] == files[1]
+
+
+def test_eval_only_gives_the_runs_number(env, tmp_path):
+    """Without the recipe: what the model and the score depend on comes from the artifact."""
+    assert main(env) == 0
+    only = {name: env[name] for name in ("DATA_PATH",)}
+    only |= {"EVAL_ONLY": str(Path(env["RUN_DIR"]) / "artifact.bin"), "RUN_DIR": str(tmp_path / "only")}
+    assert main(only) == 0
+    first, second = result_of(env), result_of(only)
+    for name in ("val_loss", "val_bpb", "tokens", "bytes", "artifact_bytes"):
+        assert first[name] == second[name]
+    assert first["hashes"]["artifact_sha256"] == second["hashes"]["artifact_sha256"]
+    assert not (tmp_path / "only" / "artifact.bin").exists()
+
+
+def test_eval_only_refuses_what_does_not_fit(env, tmp_path, capsys):
+    assert main(env) == 0
+    path = Path(env["RUN_DIR"]) / "artifact.bin"
+    only = {"DATA_PATH": env["DATA_PATH"], "EVAL_ONLY": str(path), "RUN_DIR": str(tmp_path / "only")}
+    assert main({**only, "MODEL_DIM": "64"}) == 2
+    assert "MODEL_DIM=64 contradicts the artifact's 32" in capsys.readouterr().err
+    path.write_bytes(path.read_bytes()[:-5])
+    assert main(only) == 5
+    assert "SHA-256 does not match" in capsys.readouterr().err
+    assert main({**only, "EVAL_ONLY": str(tmp_path / "none")}) == 5
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def without_manifest(env, dataset_dir, tmp_path):
+    """The same shards as published ones come: no manifest, so the contest's table and no embedded tokenizer."""
+    folder = tmp_path / "published"
+    shutil.copytree(dataset_dir, folder, ignore=shutil.ignore_patterns("manifest.json"))
+    return {**env, "DATA_PATH": str(folder)}
+
+
+def test_without_manifest_the_artifact_names_its_tokenizer(env, dataset_dir, tmp_path, capsys):
+    env = without_manifest(env, dataset_dir, tmp_path)
+    assert main(env) == 0
+    path = Path(env["RUN_DIR"]) / "artifact.bin"
+    assert train_gpt.read_artifact(path).tokenizer is None
+    only = {"EVAL_ONLY": str(path), "DATA_PATH": env["DATA_PATH"], "RUN_DIR": str(tmp_path / "only")}
+    assert main({**only, "TOKENIZER_PATH": env["TOKENIZER_PATH"]}) == 0
+    other = tmp_path / "other.model"
+    model = (dataset_dir / "tokenizer.model").read_bytes()
+    other.write_bytes(model + b"\x12\x02\x18\x01")  # another trainer_spec: same pieces, another file
+    capsys.readouterr()
+    assert main({**only, "TOKENIZER_PATH": str(other)}) == 5
+    assert "was made with another; set that one" in capsys.readouterr().err
+
+
+def test_oversized_artifact_is_kept_scored_and_reported(env, capsys):
+    assert main({**env, "ARTIFACT_LIMIT_BYTES": "1000"}) == 3
+    printed = capsys.readouterr()
+    assert "over ARTIFACT_LIMIT_BYTES=1000" in printed.err
+    assert FINAL_LINE.search(printed.out)
+    assert result_of(env)["exit_code"] == 3
+    assert result_of(env)["val_bpb"] > 0
+    assert artifact_bytes(env)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(env, capsys):
+    env = {**env, "MATRIX_LR": "10", "SCALAR_LR": "10", "TIED_EMBED_LR": "10", "LOGIT_SOFTCAP": "10000"}
+    env |= {"TIED_EMBED_INIT_STD": "10", "QK_GAIN_INIT": "100", "ADAM_EPS": "1e-16", "ITERATIONS": "200"}
+    original = train_gpt.Optimizers.gather
+    calls = []
+
+    def broken(self, model, batches):
+        calls.append(1)
+        loss = original(self, model, batches)
+        return loss * math.nan if len(calls) == 8 else loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt.Optimizers, "gather", broken)
+        assert main(env) == 6
+    message = capsys.readouterr().err
+    assert re.search(
+        r"step 7: train_loss is nan at learning-rate scale 1\.0000, last good \d+\.\d{4}; lower", message
+    )
+    assert result_of(env)["exit_code"] == 6
+    assert not (Path(env["RUN_DIR"]) / "artifact.bin").exists()
+
+
+def test_bad_training_token_stops_the_run_before_the_device(env, dataset_dir, tmp_path, capsys):
+    folder = shutil.copytree(dataset_dir, tmp_path / "bad")
+    path = next(folder.glob("*_train_*"))
+    tokens = train_gpt.open_shard(path).copy()
+    tokens[100] = 60_000
+    write_shard(path, tokens)
+    assert main({**env, "DATA_PATH": str(folder), "WARMUP_STEPS": "0", "ITERATIONS": "50"}) == 5
+    assert "text_train_000000.bin: token id 60000 is not below VOCAB_SIZE=384" in capsys.readouterr().err
+    assert result_of(env)["exit_code"] == 5
+
+
+def test_wallclock_ends_training(env):
+    assert main({**env, "ITERATIONS": "1000000", "MAX_WALLCLOCK_SECONDS": "0.5", "WARMDOWN_ITERS": "10"}) == 0
+    result = result_of(env)
+    assert 0 < result["steps"] < 1000
+    assert 0.5 <= result["train_seconds"] < 5
+    assert "stopping_early: wallclock_cap" in (Path(env["RUN_DIR"]) / "run.log").read_text()
+
+
+def test_training_learns(env):
+    """A hundred and fifty tiny steps get well below the entropy of the letters' frequencies."""
+    assert main({**env, "ITERATIONS": "150", "WARMDOWN_ITERS": "75", "TRAIN_LOG_EVERY": "0"}) == 0
+    result = result_of(env)
+    assert result["val_loss"] < 4.5 < math.log(384)
+    assert result["val_loss"] == pytest.approx(result["training_val_loss"], abs=0.6)
+
+
+def test_run_id_names_the_folder(env, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    env = {name: value for name, value in env.items() if name != "RUN_DIR"}
+    assert main({**env, "RUN_ID": "mine"}) == 0
+    assert (tmp_path / "runs" / "mine" / "result.json").is_file()
+    assert main(env) == 0
+    names = [path.name for path in (tmp_path / "runs").iterdir()]
+    assert any(re.fullmatch(r"smoke-seed1337-\d{8}-\d{6}", name) for name in names)
+
+
+def test_without_cuda_the_cpu_recipe_is_taken_and_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main({"RUN_DIR": str(tmp_path / "run")}) == 5
+    printed = capsys.readouterr()
+    assert "RECIPE is not set and there is no CUDA device: RECIPE=cpu" in printed.out
+    assert "python data/text.py" in printed.err
+
+
+def test_setting_errors_come_before_anything_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main({"NUM_LAYRES": "3"}) == 2
+    assert (
+        capsys.readouterr().err
+        == "error: NUM_LAYRES='3' is not a setting; rename it to NUM_LAYERS or unset it\n"
+    )
+    assert main({"NUM_LAYRES": "3", "RANK": "1"}) == 2
+    assert capsys.readouterr().err == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unexpected_errors_leave_their_traces_too(env, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(train_gpt, "evaluate", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(env)
+    assert result_of(env)["exit_code"] == 1
+    assert "a bug" in result_of(env)["error"]
+
+
+def test_two_ranks_train_and_score_as_one(env, tmp_path):
+    env |= {"VAL_LOSS_EVERY": "2", "GRAD_CLIP_NORM": "0.5"}
+    one, two = ({**env, "RUN_DIR": str(tmp_path / name)} for name in ("one", "two"))
+    assert main(one) == 0
+    done = torchrun(2, "train_gpt.py", env=two)
+    assert done.returncode == 0, done.stderr
+    assert len(FINAL_LINE.findall(done.stdout)) == 1
+    losses = [[e["train_loss"] for e in metrics_of(run, "train")] for run in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    first, second = result_of(one), result_of(two)
+    assert second["world_size"] == 2
+    assert second["val_loss"] == pytest.approx(first["val_loss"], abs=2e-3)
+    # The score itself depends on the ranks by float32 rounding only: the same artifact, scored by one rank.
+    only = {"EVAL_ONLY": str(Path(two["RUN_DIR"]) / "artifact.bin"), "DATA_PATH": env["DATA_PATH"]}
+    assert main({**only, "RUN_DIR": str(tmp_path / "only"), "EVAL_STRIDE": "32"}) == 0
+    again = result_of({"RUN_DIR": str(tmp_path / "only")})
+    assert again["val_loss"] == pytest.approx(second["val_loss"], abs=1e-6)
+
+
+def test_a_fault_on_one_rank_is_one_message_on_all(env, dataset_dir, tmp_path):
+    """Only rank 1 reads the bad token; rank 0 says it, both end with code 5, nobody hangs."""
+    folder = shutil.copytree(dataset_dir, tmp_path / "bad")
+    path = next(folder.glob("*_train_*"))
+    tokens = train_gpt.open_shard(path).copy()
+    settings = train_gpt.Settings.from_env(env)
+    stream = train_gpt.TokenStream([path], settings)
+    row = stream.batch(2, 1)[0].numpy()  # slot 1 of step 2 is rank 1's
+    place = next(p for p in range(len(tokens)) if np.array_equal(tokens[p : p + 33], row))
+    tokens[place + 16] = 60_000
+    write_shard(path, tokens)
+    run = {**env, "DATA_PATH": str(folder), "WARMUP_STEPS": "0", "VAL_LOSS_EVERY": "0"}
+    done = torchrun(2, "train_gpt.py", env=run)
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 1
+    assert "token id 60000 is not below VOCAB_SIZE=384" in done.stderr
+    assert "Traceback" not in done.stderr.split("ChildFailedError")[0].split("error: ")[1].split("\n")[0]
+    assert result_of(env)["exit_code"] == 5
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_end_a_run_cleanly(env, number, code):
+    env = {**env, "ITERATIONS": "10000000"}
+    command = [sys.executable, "train_gpt.py"]
+    run = subprocess.Popen(
+        command, cwd=REPOSITORY, env=shell_environment(env), stderr=subprocess.PIPE, text=True
+    )
+    metrics = Path(env["RUN_DIR"]) / "metrics.jsonl"
+    while not (metrics.is_file() and '"step": 4' in metrics.read_text()):
+        assert run.poll() is None
+        time.sleep(0.1)
+    run.send_signal(number)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == code
+    assert "Traceback" not in errors
+    assert result_of(env)["exit_code"] == code
+    assert {path.name for path in Path(env["RUN_DIR"]).iterdir()} == {
+        "run.log",
+        "metrics.jsonl",
+        "result.json",
+    }
+
+
+@pytest.mark.slow
+def test_compiled_run_scores_like_the_plain_one(env, tmp_path):
+    """torch.compile on the CPU: needs a C++ compiler and about a minute."""
+    results = []
+    for choice in ("0", "1"):
+        run = {**env, "COMPILE": choice, "RUN_DIR": str(tmp_path / choice)}
+        assert main(run) == 0
+        results.append(result_of(run)["val_loss"])
+    assert results[1] == pytest.approx(results[0], abs=1e-3)
+
+
+@pytest.mark.gpu
+def test_cuda_run(env):
+    assert main({**env, "ITERATIONS": "20"}) == 0
+    assert result_of(env)["val_loss"] < math.log(384)
+
+
+def test_result_is_json_that_any_reader_takes(env):
+    assert main(env) == 0
+    text = (Path(env["RUN_DIR"]) / "result.json").read_text()
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["exit_code"] == 0

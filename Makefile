@@ -9,7 +9,7 @@ PIP := $(VENV) -m pip --disable-pip-version-check
 .DELETE_ON_ERROR:
 
 run: data
-	RECIPE=cpu $(VENV) train_gpt.py
+	RECIPE="$${RECIPE:-cpu}" $(VENV) train_gpt.py
 
 data: .venv/run.stamp
 	$(VENV) data/text.py

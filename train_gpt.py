@@ -204,7 +204,9 @@ class Settings:
     num_kv_heads: int = setting(4, "key and value heads (grouped-query attention)", 1, 1_024, stored="shape")
     mlp_mult: float = setting(2.0, "MLP width over MODEL_DIM", 0.01, 64.0, stored="shape")
     tie_embeddings: bool = setting(True, "output matrix is the embedding", stored="shape")
-    logit_softcap: float = setting(30.0, "logits are c * tanh(logits / c)", 0.1, 1e4, stored="shape")
+    logit_softcap: float = setting(
+        30.0, "logits are c * tanh(logits / c); 0: as they are", 0.0, 1e4, stored="shape"
+    )
     rope_base: float = setting(10_000.0, "base of the rotary frequencies", 1.0, 1e9, stored="shape")
     qk_gain_init: float = setting(1.5, "initial gain of each query head", 0.0, 100.0)
     tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding", 0.0, 10.0)
@@ -280,6 +282,7 @@ class Settings:
                     f"{field.name.upper()}={value!r} is not allowed ({rule['doc']}): {problem}"
                 )
         row = self.micro_batch_slots * self.train_seq_len
+        ragged = not self.eval_only and self.train_batch_tokens % row
         val_row = self.micro_batch_slots * self.window
         rules = (
             ("MODEL_DIM", self.model_dim % self.num_heads, "a multiple of NUM_HEADS", self.num_heads),
@@ -290,7 +293,7 @@ class Settings:
                 self.num_kv_heads,
             ),
             ("MODEL_DIM", self.head_dim % 2, "an even multiple of NUM_HEADS", self.num_heads),
-            ("TRAIN_BATCH_TOKENS", self.train_batch_tokens % row, "a multiple of slots times sequence", row),
+            ("TRAIN_BATCH_TOKENS", ragged, "a multiple of slots times sequence", row),
             ("VAL_BATCH_SIZE", self.val_batch_size < val_row, "at least MICRO_BATCH_SLOTS windows", val_row),
             ("EVAL_STRIDE", self.eval_stride > self.window, "at most the scoring window", self.window),
         )
@@ -911,6 +914,8 @@ class GPT(nn.Module):
             x = block(x, x0, self.cos, self.sin)
         x = rms_norm(x if last is None else x[:, x.size(1) - last :])
         head = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
+        if self.logit_softcap == 0:
+            return F.linear(x, head).float()
         # Dividing before the product spares a pass over (B, T, V).
         return self.logit_softcap * torch.tanh(F.linear(x / self.logit_softcap, head).float())
 
@@ -1292,14 +1297,8 @@ def stored_settings(values: Mapping[str, object]) -> Settings:
         if type(values[name]) is not type(default):
             raise ValueError(f"its header gives {name} as {values[name]!r}")
     try:
-        # Batch sizes play no part in an artifact: one window, one slot satisfies their rules.
-        window = max(int(values["train_seq_len"]), int(values["eval_seq_len"]))
-        batch = {
-            "train_batch_tokens": values["train_seq_len"],
-            "val_batch_size": window,
-            "micro_batch_slots": 1,
-        }
-        return Settings(**{**values, **batch})
+        # Batch sizes play no part in an artifact: these satisfy their rules.
+        return Settings(**values, eval_only="artifact", val_batch_size=2**40)
     except SettingError as error:
         raise ValueError(f"its header is not valid: {error}") from error
 

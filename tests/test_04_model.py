@@ -42,6 +42,13 @@ def test_shapes(changes):
     assert logits.abs().max() <= settings.logit_softcap
 
 
+def test_softcap():
+    capped, plain = make_model(LOGIT_SOFTCAP="3"), make_model(LOGIT_SOFTCAP="0")
+    ids = torch.randint(0, 50, (2, 9))
+    torch.testing.assert_close(capped.logits(ids), 3 * torch.tanh(plain.logits(ids) / 3))
+    assert plain.logits(ids).abs().max() > 3
+
+
 def test_initial_weights():
     model = GPT(Settings())
     assert model.tok_emb.weight.std().item() == pytest.approx(0.005, rel=0.02)

@@ -148,7 +148,7 @@ def chunk_of(positions, logp):
 
 
 def test_a_figure_worked_by_hand(process):
-    """Probabilities 1/2, 1/8, 1/4 cost 1 + 3 + 2 = 6 bits; over 4 + 0 + 5 = 9 bytes that is 2/3 bit per byte."""
+    """Probabilities 1/2, 1/8, 1/4 cost 1 + 3 + 2 = 6 bits; over 4 + 0 + 5 = 9 bytes: 2/3 bit per byte."""
     ledger = Ledger(np.array([4, 0, 5]), process)
     ledger.add(chunk_of([2], [math.log(1 / 4)]))
     ledger.add(chunk_of([0, 1], [math.log(1 / 2), math.log(1 / 8)]))

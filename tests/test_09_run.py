@@ -103,6 +103,8 @@ def test_eval_only_gives_the_runs_number(env, tmp_path):
         assert first[name] == second[name]
     assert first["hashes"]["artifact_sha256"] == second["hashes"]["artifact_sha256"]
     assert not (tmp_path / "only" / "artifact.bin").exists()
+    # A recipe whose training batch does not fit the artifact's sequence length is no obstacle to scoring.
+    assert main({**only, "TRAIN_BATCH_TOKENS": "7"}) == 0
 
 
 def test_eval_only_refuses_what_does_not_fit(env, tmp_path, capsys):
@@ -119,7 +121,7 @@ def test_eval_only_refuses_what_does_not_fit(env, tmp_path, capsys):
 
 
 def without_manifest(env, dataset_dir, tmp_path):
-    """The same shards as published ones come: no manifest, so the contest's table and no embedded tokenizer."""
+    """The same shards as published ones come: no manifest, the contest's table, no embedded tokenizer."""
     folder = tmp_path / "published"
     shutil.copytree(dataset_dir, folder, ignore=shutil.ignore_patterns("manifest.json"))
     return {**env, "DATA_PATH": str(folder)}

@@ -1,0 +1,136 @@
+"""Measure speed: `make bench`. Writes records/bench/<processor or GPU>.json; timings live here, not in tests.
+
+Per recipe: training tokens a second, the share of a step that the optimizers take, scoring tokens a second,
+seconds and size of an artifact. Machines are noisy: each figure is the median of several repetitions, and
+what is compared is measured in one run.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import train_gpt  # noqa: E402
+
+# Recipes at a batch that the machine at hand can take: (recipe, variables on a CPU, variables on a GPU).
+CASES = (
+    ("cpu", {}, {}),
+    (
+        "baseline",
+        {"TRAIN_BATCH_TOKENS": "8192", "VAL_BATCH_SIZE": "65536"},
+        {"TRAIN_BATCH_TOKENS": "524288", "VAL_BATCH_SIZE": "524288"},
+    ),
+)
+
+
+def processor_name() -> str:
+    """Return the GPU's or the processor's model name."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
+    return found[1].strip() if found else platform.machine()
+
+
+def median_seconds(process: train_gpt.Process, repetitions: int, work) -> float:
+    """Return the median time of `work()`, which runs once before the clock."""
+    work()
+    times = []
+    for _ in range(repetitions):
+        process.synchronize()
+        start = time.perf_counter()
+        work()
+        process.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def bench_recipe(recipe: str, variables: dict[str, str], process: train_gpt.Process) -> dict[str, object]:
+    """Return the figures of one recipe on random tokens."""
+    settings = train_gpt.Settings.from_env({"RECIPE": recipe, **variables})
+    compiled = process.device.type == "cuda"
+    torch.manual_seed(0)
+    model = train_gpt.GPT(settings).to(process.device)
+    forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+    optimizers, ema = train_gpt.Optimizers(model, settings, process), train_gpt.Ema(model, settings.ema_decay)
+    rows = settings.train_batch_tokens // settings.micro_batch_slots // settings.train_seq_len
+    shape = (rows, settings.train_seq_len + 1)
+    batches = [
+        torch.randint(0, settings.vocab_size, shape, dtype=torch.int32)
+        for _ in range(settings.micro_batch_slots)
+    ]
+
+    def gather():
+        optimizers.gather(forward, batches)
+
+    def update():
+        optimizers.step(1.0, 0.9)
+        ema.update()
+
+    def step():
+        gather()
+        update()
+
+    step_seconds, update_seconds = median_seconds(process, 5, step), median_seconds(process, 5, update)
+    windows = 4 * settings.val_batch_size // settings.micro_batch_slots // settings.window
+    count = settings.window + windows * settings.eval_stride
+    tokens = np.random.default_rng(0).integers(0, settings.vocab_size, count + 1).astype(np.uint16)
+    batch = settings.val_batch_size // settings.micro_batch_slots // settings.window
+    logits = torch.compile(model.logits, dynamic=False) if compiled else model.logits
+
+    def score():
+        stream = train_gpt.score_stream(
+            logits, tokens, settings.window, settings.eval_stride, batch, process, "score"
+        )
+        return sum(float(chunk.logp.sum()) for chunk in stream)
+
+    score_seconds = median_seconds(process, 3, score)
+    tokenizer = train_gpt.Tokenizer(b'{"config": {"byte_offset": 4}}', "bytes.json")
+    start = time.perf_counter()
+    artifact = train_gpt.pack_artifact(ema.weights(), settings, tokenizer, embed=False)
+    return {
+        "variables": variables,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "step_ms": 1000 * step_seconds,
+        "train_tokens_per_second": settings.train_batch_tokens / step_seconds,
+        "optimizer_share": update_seconds / step_seconds,
+        "score_tokens_per_second": count / score_seconds,
+        "artifact_seconds": time.perf_counter() - start,
+        "artifact_bytes_untrained": len(artifact),
+        "peak_gpu_mib": torch.cuda.max_memory_allocated() // 2**20 if compiled else None,
+    }
+
+
+def main() -> int:
+    """Measure every case, print a line each, write the JSON file."""
+    with train_gpt.open_process({}, train_gpt.Settings()) as process:
+        name, on_gpu = processor_name(), process.device.type == "cuda"
+        report = {
+            "processor": name,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "recipes": {},
+        }
+        for recipe, on_cpu_variables, on_gpu_variables in CASES:
+            figures = bench_recipe(recipe, on_gpu_variables if on_gpu else on_cpu_variables, process)
+            report["recipes"][recipe] = figures
+            line = " ".join(f"{k}:{v:.4g}" for k, v in figures.items() if isinstance(v, int | float))
+            print(f"bench:{recipe} {line}", flush=True)
+    path = ROOT / "records" / "bench" / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower()}.json"
+    train_gpt.write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
+    print(f"written to {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

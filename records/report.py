@@ -1,0 +1,159 @@
+"""Renew every table and picture made from records: `python records/report.py [--keep RUN_DIR NAME]`.
+
+Out: records/<NAME>/ (result.json, metrics.jsonl, run.log of a kept run), records/cpu_run.svg, and the text
+between the `<!-- name -->` and `<!-- end -->` marks of README.md and records/README.md. No number in either
+is typed by hand; a test runs this and fails where a mark's text is not what the records say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+RECORDS = Path(__file__).resolve().parent
+ROOT = RECORDS.parent
+sys.path.insert(0, str(ROOT))
+import train_gpt  # noqa: E402
+
+
+def kept_run(name: str) -> tuple[dict, list[dict]]:
+    """Return (result, metrics events) of a kept run."""
+    lines = (RECORDS / name / "metrics.jsonl").read_text().splitlines()
+    return json.loads((RECORDS / name / "result.json").read_text()), [json.loads(line) for line in lines]
+
+
+def final_line() -> str:
+    """Return the last line of the kept `make run`, and its size and times in a sentence."""
+    result, _ = kept_run("cpu")
+    last = (RECORDS / "cpu" / "run.log").read_text().splitlines()[-1]
+    return (
+        f"```\n{last}\n```\n\n(recorded on two cores: {result['steps']} steps; `xz -9e` needs "
+        f"{result['xz_bpb']:.4f} bits per byte for the same {result['bytes']:,} bytes)"
+    )
+
+
+def settings_table() -> str:
+    """Return the settings as a table: variable, default, meaning."""
+    rows = ["| variable | default | meaning |", "| --- | --- | --- |"]
+    for field in dataclasses.fields(train_gpt.Settings):
+        default = int(field.default) if isinstance(field.default, bool) else field.default
+        rule = field.metadata
+        choices = f" ({', '.join(map(str, rule['choices']))})" if rule["choices"] else ""
+        shown = f"`{default}`" if default != "" else "empty"
+        rows.append(f"| `{field.name.upper()}` | {shown} | {rule['doc']}{choices} |")
+    return "\n".join(rows)
+
+
+def alternatives_table() -> str:
+    """Return the table of what was tried for the cpu recipe."""
+    results = json.loads((RECORDS / "cpu_alternatives.json").read_text())
+    rows = [
+        "| alternative | differs in | steps | bits per byte | without average |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    ordered = sorted(results["alternatives"].items(), key=lambda item: item[1]["val_bpb"])
+    for name, values in ordered:
+        variables = " ".join(f"{key}={value}" for key, value in values["variables"].items())
+        numbers = f"{values['steps']} | {values['val_bpb']:.4f} | {values['training_val_bpb']:.4f}"
+        rows.append(f"| {name} | {f'`{variables}`' if variables else 'nothing'} | {numbers} |")
+    return "\n".join(rows)
+
+
+def bench_table() -> str:
+    """Return the table of measured speeds, a row per processor and recipe."""
+    rows = ["| processor | recipe | tokens a second, training | optimizer's share | scoring | step |"]
+    rows.append("| --- | --- | --- | --- | --- | --- |")
+    for path in sorted((RECORDS / "bench").glob("*.json")):
+        report = json.loads(path.read_text())
+        for recipe, v in report["recipes"].items():
+            rows.append(
+                f"| {report['processor']}, {report['threads']} threads | {recipe} | "
+                f"{v['train_tokens_per_second']:,.0f} | {v['optimizer_share']:.0%} | "
+                f"{v['score_tokens_per_second']:,.0f} | {v['step_ms']:,.0f} ms |"
+            )
+    return "\n".join(rows)
+
+
+def curve_svg() -> str:
+    """Return the picture of the kept cpu run: training loss over the clock, final score beside xz."""
+    result, events = kept_run("cpu")
+    points = [(e["train_time_ms"] / 1000, e["train_loss"]) for e in events if e["event"] == "train"]
+    seconds, top = max(x for x, _ in points), max(y for _, y in points)
+    left, width, height, base = 60, 420, 220, 260
+
+    def place(x: float, y: float) -> str:
+        return f"{left + width * x / seconds:.1f},{base - height * y / top:.1f}"
+
+    line = " ".join(place(x, y) for x, y in points)
+    grid = "".join(
+        f'<line x1="{left}" x2="{left + width}" y1="{base - height * y / top:.1f}" '
+        f'y2="{base - height * y / top:.1f}" stroke="#ddd"/>'
+        f'<text x="{left - 8}" y="{base - height * y / top + 4:.1f}" text-anchor="end">{y}</text>'
+        for y in range(0, int(top) + 1, 2)
+    )
+    ticks = "".join(
+        f'<text x="{left + width * x / seconds:.1f}" y="{base + 18}" text-anchor="middle">{x}</text>'
+        for x in range(0, int(seconds) + 1, 30)
+    )
+    bars, largest = "", max(result["val_bpb"], result["xz_bpb"])
+    for index, (label, value) in enumerate((("this run", result["val_bpb"]), ("xz -9e", result["xz_bpb"]))):
+        x, tall = 560 + 90 * index, height * value / largest * 0.9
+        colour = ("#2b6cb0", "#a0aec0")[index]
+        bars += f'<rect x="{x}" y="{base - tall:.1f}" width="60" height="{tall:.1f}" fill="{colour}"/>'
+        bars += f'<text x="{x + 30}" y="{base + 18}" text-anchor="middle">{label}</text>'
+        bars += f'<text x="{x + 30}" y="{base - tall - 6:.1f}" text-anchor="middle">{value:.3f}</text>'
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 310" font-family="sans-serif" '
+        'font-size="12"><rect width="760" height="310" fill="white"/>'
+        f'<text x="{left}" y="22" font-size="14">training loss, nats per token</text>'
+        f'{grid}{ticks}<text x="{left + width / 2}" y="{base + 38}" text-anchor="middle">seconds</text>'
+        f'<polyline points="{line}" fill="none" stroke="#2b6cb0" stroke-width="2"/>'
+        '<text x="545" y="22" font-size="14">validation, bits per byte</text>'
+        f"{bars}</svg>\n"
+    )
+
+
+BLOCKS = {
+    "final line": final_line,
+    "settings": settings_table,
+    "alternatives": alternatives_table,
+    "bench": bench_table,
+}
+
+
+def renewed(text: str) -> str:
+    """Return `text` with every marked block made anew."""
+
+    def block(match: re.Match) -> str:
+        return f"<!-- {match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- ([\w ]+) -->\n.*?<!-- end -->", block, text, flags=re.S)
+
+
+def outputs() -> dict[Path, str]:
+    """Return every file this script writes, with its content."""
+    pages = [ROOT / "README.md", RECORDS / "README.md"]
+    return {page: renewed(page.read_text()) for page in pages} | {RECORDS / "cpu_run.svg": curve_svg()}
+
+
+def main(argv: list[str]) -> int:
+    """Keep a run if asked to, then write all outputs."""
+    if argv[:1] == ["--keep"] and len(argv) == 3:
+        target = RECORDS / argv[2]
+        target.mkdir(exist_ok=True)
+        for name in ("result.json", "metrics.jsonl", "run.log"):
+            shutil.copyfile(Path(argv[1]) / name, target / name)
+    elif argv:
+        print(__doc__.splitlines()[0], file=sys.stderr)
+        return 2
+    for path, content in outputs().items():
+        train_gpt.write_atomically(path, content.encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1447,7 +1447,7 @@ def score_stream(
     hand out all positions, later ones the last `stride`; short batches are padded with unread windows.
     """
     plan = plan_windows(len(tokens) - 1, seq_len, stride)[process.rank :: process.world_size]
-    opens = plan[:, 1] == 0
+    opens = (plan[:, 1] == 0) | (stride == seq_len)
     with process.progress(len(plan), label) as bar:
         for windows, last in ((plan[opens], seq_len), (plan[~opens], stride)):
             rows = min(batch, len(windows))

@@ -47,6 +47,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import struct
 import sys
@@ -109,10 +110,11 @@ RECIPES = {
     # Two CPU cores, two minutes on the standard library's source; records/README.md says what was tried.
     "cpu": """
         DATA_PATH=./data/datasets/stdlib TOKENIZER_PATH=./data/datasets/stdlib/tokenizer.model
-        VOCAB_SIZE=4096 NUM_LAYERS=4 MODEL_DIM=192 NUM_HEADS=3 NUM_KV_HEADS=3
-        ITERATIONS=100000 MAX_WALLCLOCK_SECONDS=120 WARMUP_STEPS=2 WARMDOWN_ITERS=400
-        TRAIN_BATCH_TOKENS=8192 TRAIN_SEQ_LEN=256 MICRO_BATCH_SLOTS=2 DATA_LANES=32
-        TRAIN_LOG_EVERY=50 VAL_LOSS_EVERY=0 VAL_BATCH_SIZE=32768 EMA_DECAY=0.98 MUON_MOMENTUM_WARMUP_STEPS=100
+        VOCAB_SIZE=4000 NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=2 NUM_KV_HEADS=2 LOGIT_SOFTCAP=0
+        ITERATIONS=100000 MAX_WALLCLOCK_SECONDS=120 WARMUP_STEPS=2 WARMDOWN_ITERS=320
+        TRAIN_BATCH_TOKENS=4096 TRAIN_SEQ_LEN=256 MICRO_BATCH_SLOTS=2 DATA_LANES=32
+        TIED_EMBED_LR=0.02 MATRIX_LR=0.02 SCALAR_LR=0.02 MUON_MOMENTUM_WARMUP_STEPS=100 EMA_DECAY=0.98
+        TRAIN_LOG_EVERY=50 VAL_LOSS_EVERY=0 VAL_BATCH_SIZE=8192
     """,
     # Seconds, for tests: every stage runs, nothing is learned worth having.
     "smoke": """
@@ -138,6 +140,10 @@ REFUSED_NAMES = {
 )
 
 
+# Variables of other tools whose names come close to a setting's.
+OTHER_TOOLS = {"COMPILER", "MODEL_DIR", "DATASET_PATH"}
+
+
 def setting(default, doc: str, low=None, high=None, choices=None, stored: str = ""):
     """Return a dataclass field with its rule: inclusive range, allowed values, and what artifacts store.
 
@@ -161,7 +167,7 @@ def parse_setting(field: dataclasses.Field, text: str):
         value = convert(text)
         if math.isfinite(value):
             return value
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         pass
     doc = field.metadata["doc"]
     raise SettingError(f"{field.name.upper()}={text!r} is not {rule}; the default is {field.default} ({doc})")
@@ -189,13 +195,13 @@ class Settings:
     max_wallclock_seconds: float = setting(600.0, "training clock at most; 0: no limit", 0.0)
     warmup_steps: int = setting(20, "steps before the clock, undone: they prime compiler and caches", 0)
     warmdown_iters: int = setting(1_200, "steps of the final linear decay of the learning rates", 0)
-    train_batch_tokens: int = setting(524_288, "tokens of one step over all ranks", 1)
-    train_seq_len: int = setting(1_024, "tokens of one training sequence", 1, 2**20, stored="scoring")
+    train_batch_tokens: int = setting(524_288, "tokens of one step over all ranks", 1, 2**30)
+    train_seq_len: int = setting(1_024, "tokens of one training sequence", 1, 2**17, stored="scoring")
     micro_batch_slots: int = setting(8, "micro-batches of one step, shared out over the ranks", 1, 4_096)
     data_lanes: int = setting(1, "places where the training stream is read side by side", 1, 2**20)
     train_log_every: int = setting(200, "steps between train_loss lines; 0: first ten only", 0)
     val_loss_every: int = setting(1_000, "steps between validations; 0: after the last step only", 0)
-    val_batch_size: int = setting(524_288, "validation tokens of MICRO_BATCH_SLOTS forward passes", 1)
+    val_batch_size: int = setting(524_288, "validation tokens of MICRO_BATCH_SLOTS forward passes", 1, 2**30)
     # model
     vocab_size: int = setting(1_024, "tokens in the vocabulary", 2, 2**16, stored="shape")
     num_layers: int = setting(9, "transformer blocks", 1, 256, stored="shape")
@@ -230,8 +236,8 @@ class Settings:
     ema_decay: float = setting(0.997, "exponential average of the weights; 0: off", 0.0, 0.999999)
     matrix_bits: int = setting(8, "bits of a quantized block matrix", choices=(5, 6, 8))
     embed_bits: int = setting(8, "bits of quantized embedding and output matrix", choices=(5, 6, 8))
-    eval_seq_len: int = setting(0, "tokens of a scoring window; 0: TRAIN_SEQ_LEN", 0, 2**20, stored="scoring")
-    eval_stride: int = setting(64, "targets priced by each window but the first", 1, 2**20, stored="scoring")
+    eval_seq_len: int = setting(0, "tokens of a scoring window; 0: TRAIN_SEQ_LEN", 0, 2**17, stored="scoring")
+    eval_stride: int = setting(64, "targets priced by each window but the first", 1, 2**17, stored="scoring")
 
     @classmethod
     def from_env(cls, mapping: Mapping[str, str], stored: Mapping[str, object] | None = None) -> Settings:
@@ -240,7 +246,7 @@ class Settings:
         Raises SettingError naming variable, value, rule and remedy. Pure: looks at its arguments only.
         """
         fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
-        for name in sorted(mapping.keys() - fields.keys()):
+        for name in sorted(mapping.keys() - fields.keys() - OTHER_TOOLS):
             if name in REFUSED_NAMES:
                 raise SettingError(f"{name}={mapping[name]!r} is not a setting here: {REFUSED_NAMES[name]}")
             close = (
@@ -256,13 +262,9 @@ class Settings:
         recipe = RECIPES.get(by_hand.get("RECIPE", fields["RECIPE"].default), "")
         row = dict(pair.split("=", 1) for pair in recipe.split())
         values = {name: parse_setting(fields[name], text) for name, text in row.items()}
-        for name, value in (stored or {}).items():
-            values[name.upper()] = value
-            if (
-                fields[name.upper()].metadata["stored"] == "shape"
-                and by_hand.get(name.upper(), value) != value
-            ):
-                name = name.upper()
+        for name, value in ((name.upper(), value) for name, value in (stored or {}).items()):
+            values[name] = value
+            if fields[name].metadata["stored"] == "shape" and by_hand.get(name, value) != value:
                 raise SettingError(
                     f"{name}={by_hand[name]!r} contradicts the artifact's {value!r}; unset {name}"
                 )
@@ -293,6 +295,7 @@ class Settings:
                 self.num_kv_heads,
             ),
             ("MODEL_DIM", self.head_dim % 2, "an even multiple of NUM_HEADS", self.num_heads),
+            ("MODEL_DIM", self.head_dim > 512, "at most 512 times NUM_HEADS", self.num_heads),
             ("TRAIN_BATCH_TOKENS", ragged, "a multiple of slots times sequence", row),
             ("VAL_BATCH_SIZE", self.val_batch_size < val_row, "at least MICRO_BATCH_SLOTS windows", val_row),
             ("EVAL_STRIDE", self.eval_stride > self.window, "at most the scoring window", self.window),
@@ -317,9 +320,10 @@ class Settings:
         """Tokens of one scoring window."""
         return self.eval_seq_len or self.train_seq_len
 
-    def stored_values(self) -> dict[str, object]:
+    def stored_values(self, kinds: tuple[str, ...] = ("shape", "scoring")) -> dict[str, object]:
         """Return what an artifact keeps: the settings its weights or its score depend on."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["stored"]}
+        stored = (field.name for field in dataclasses.fields(self) if field.metadata["stored"] in kinds)
+        return {name: getattr(self, name) for name in stored}
 
     def changed(self) -> dict[str, object]:
         """Return the settings that differ from the defaults, by variable name."""
@@ -332,8 +336,6 @@ class Settings:
 # `Log` (console, run.log, metrics.jsonl), `Clock`. Rank 0 alone writes; ranks agree on time and failure over
 # a CPU channel, so agreeing never waits for the GPU.
 # ============================================================================================================
-
-TORCHRUN_NAMES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,7 +357,7 @@ class Process:
             dist.all_reduce(tensor)
         return tensor
 
-    def agree(self, elapsed_ms: float, failure: RunError | None) -> float:
+    def agree(self, elapsed_ms: float, failure: Exception | None) -> float:
         """Return rank 0's `elapsed_ms` on every rank; raise on every rank if any rank brings a `failure`."""
         if self.world_size == 1:
             if failure:
@@ -365,7 +367,7 @@ class Process:
         shared = torch.tensor(mine, dtype=torch.float64)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         if shared[1]:
-            failures: list[RunError | None] = [None] * self.world_size
+            failures: list[Exception | None] = [None] * self.world_size
             dist.all_gather_object(failures, failure)
             raise next(error for error in failures if error)
         return float(shared[0])
@@ -397,18 +399,23 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
 
     Raises SettingError where the ranks cannot share out MICRO_BATCH_SLOTS evenly.
     """
-    texts = [mapping.get(name, default) for name, default in TORCHRUN_NAMES.items()]
-    if not all(text.isdigit() for text in texts) or int(texts[1]) < 1:
-        raise SettingError(
-            f"{', '.join(TORCHRUN_NAMES)} are {texts}, not rank numbers; leave them to torchrun"
-        )
-    rank, world_size, local_rank = map(int, texts)
-    slots = settings.micro_batch_slots
+    numbers = [0, 1, 0]
+    if "RANK" in mapping and "WORLD_SIZE" in mapping:
+        texts = [mapping["RANK"], mapping["WORLD_SIZE"], mapping.get("LOCAL_RANK", mapping["RANK"])]
+        numbers = [int(text) if text.isdecimal() else -1 for text in texts]
+        if not 0 <= numbers[0] < numbers[1] or numbers[2] < 0 or "MASTER_ADDR" not in mapping:
+            raise SettingError(
+                f"RANK, WORLD_SIZE, LOCAL_RANK={texts} are not torchrun's; start it with torchrun"
+            )
+    rank, world_size, local_rank = numbers
+    slots, gpus = settings.micro_batch_slots, torch.cuda.device_count()
     if slots % world_size:
-        raise SettingError(
-            f"WORLD_SIZE={world_size} must divide MICRO_BATCH_SLOTS={slots}; change one of them"
-        )
+        raise SettingError(f"WORLD_SIZE={world_size} must divide MICRO_BATCH_SLOTS={slots}; change one")
     if torch.cuda.is_available():
+        if local_rank >= gpus:
+            raise SettingError(
+                f"LOCAL_RANK={local_rank} has no GPU, there are {gpus}; lower --nproc_per_node"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -417,7 +424,7 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(settings.seed)
-    if "RANK" in mapping and "WORLD_SIZE" in mapping:
+    if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield Process(rank, world_size, device)
@@ -575,11 +582,12 @@ class TokenStream:
         self.paths, self.settings = paths, settings
         self.shards = [open_shard(path) for path in paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
-        self.total, length = int(self.ends[-1]), settings.train_seq_len
-        if self.total <= length:
-            raise SettingError(
-                f"TRAIN_SEQ_LEN={length} is not below the {self.total} training tokens; lower it"
-            )
+        self.total, lanes = int(self.ends[-1]), settings.data_lanes
+        if self.total == 0:
+            raise DataError(f"{paths[0]}: the training shards are empty; bring more text")
+        if self.total // lanes <= settings.train_seq_len:
+            rule = f"not above TRAIN_SEQ_LEN={settings.train_seq_len}; lower TRAIN_SEQ_LEN or DATA_LANES"
+            raise SettingError(f"DATA_LANES={lanes}: {self.total} training tokens over the lanes are {rule}")
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Return `count` tokens from position `start` on, int32; the first shard follows the last."""
@@ -610,41 +618,42 @@ class ByteTable(NamedTuple):
     boundary: np.ndarray
 
     def lengths(self, previous: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """Return the bytes of each `target` token after `previous`, both of shape (N,), as int64 (N,)."""
+        """Return the bytes of each `target` token after `previous`, both of shape (N,), as uint16 (N,)."""
         return self.base[target] + (self.leading_space[target] & ~self.boundary[previous])
 
 
 class Tokenizer:
     """Bytes to token ids and back, exactly, by a SentencePiece model or the contest's pure byte tokenizer."""
 
-    def __init__(self, source: bytes, name: str) -> None:
-        """`source`: the file's content; `name`: its path, *.json for pure bytes, else SentencePiece."""
-        self.source, self.suffix = source, Path(name).suffix
-        self.sha256 = hashlib.sha256(source).hexdigest()
+    def __init__(self, source: bytes) -> None:
+        """`source`: the content of a .model or .json file; raises ValueError where it is neither."""
+        self.source, self.sha256, self.model = source, hashlib.sha256(source).hexdigest(), None
         try:
-            if self.suffix == ".json":
-                self.model = None
-                self.pieces = [b""] * int(json.loads(source)["config"]["byte_offset"])
-                self.pieces += [bytes([value]) for value in range(256)]
-            else:
+            if source.startswith(b"{"):
+                markers = int(json.loads(source)["config"]["byte_offset"])
+                self.pieces = [b""] * min(max(markers, 0), 2**16) + [bytes([value]) for value in range(256)]
+            elif source:
                 self.model = sentencepiece.SentencePieceProcessor(model_proto=source)
-                pieces = self.model.vocab_size() if source else 0
-                self.pieces = [self._piece(token) for token in range(pieces)]
-            if not self.pieces:
-                raise ValueError("it has no pieces")
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{name}: neither a SentencePiece model nor a pure byte tokenizer") from error
+                self.pieces = [self._piece(token) for token in range(self.model.vocab_size())]
+            if not MARKER_ID < len(self.pieces) <= 2**16 or self.pieces[MARKER_ID]:
+                raise ValueError
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(
+                "neither a SentencePiece model with marker 1 nor a pure byte tokenizer"
+            ) from error
         is_byte = self.model.is_byte if self.model else bool
         self.byte_ids = {p[0]: token for token, p in enumerate(self.pieces) if p and is_byte(token)}
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
         """Read the tokenizer at `path`; raises DataError where it is missing or not a tokenizer."""
-        if not path.is_file():
+        try:
+            return cls(path.read_bytes())
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise DataError(
-                f"TOKENIZER_PATH={path}: no such file; set it to the tokenizer that made the shards"
-            )
-        return cls(path.read_bytes(), str(path))
+                f"TOKENIZER_PATH={path}: {reason}; set it to the tokenizer that made the shards"
+            ) from error
 
     def _piece(self, token: int) -> bytes:
         """Return a token's raw bytes: markers none, byte pieces one, others text with U+2581 as space."""
@@ -662,7 +671,7 @@ class Tokenizer:
 
         In the contest's a space that follows a marker is free (parameter-golf, build_sentencepiece_luts).
         """
-        base = np.array([len(piece) for piece in self.pieces], dtype=np.int64)
+        base = np.array([len(piece) for piece in self.pieces], dtype=np.uint16)
         leading_space, boundary = np.zeros(len(base), dtype=bool), base == 0
         for token in [] if exact or self.model is None else np.flatnonzero(~boundary).tolist():
             text = self.model.id_to_piece(token)
@@ -721,7 +730,7 @@ def read_manifest(folder: Path) -> dict | None:
         for split in ("train", "val"):
             _ = int(manifest["splits"][split]["bytes"]), str(manifest["splits"][split]["sha256"])
         _ = str(manifest["tokenizer"]["sha256"]), bool(manifest["tokenizer"]["trained_here"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path}: not a manifest of data/text.py ({error!r}); make the dataset anew"
         ) from error
@@ -733,7 +742,7 @@ class Dataset(NamedTuple):
 
     train: TokenStream | None
     val_tokens: np.ndarray  # (N + 1,) uint16
-    target_bytes: np.ndarray  # (N,) int64, bytes of each validation target
+    target_bytes: np.ndarray  # (N,) uint16, bytes of each validation target
     tokenizer: Tokenizer
     manifest: dict | None
     hashes: dict[str, str]
@@ -933,57 +942,48 @@ def parameter_role(name: str, parameter: Tensor) -> str:
     return "matrix" if parameter.ndim == 2 and name.endswith(".weight") else "scalar"
 
 
-def try_attention_kernel(name: str, device: torch.device) -> None:
+def try_attention_kernel(name: str, settings: Settings, process: Process) -> None:
     """Switch scaled_dot_product_attention to kernel `name`, compare it with PyTorch's own, raise if it fails.
 
-    Compares output and gradients of a small causal grouped-query case in bfloat16.
+    Compares output and gradients of a small causal case of the run's heads in bfloat16. PyTorch prefers cuDNN
+    where it has it, which would hide the flash kernel under test: it is switched off first.
     """
-    generator = torch.Generator(device).manual_seed(0)
-    shapes = ((2, 8, 128, 64), (2, 4, 128, 64), (2, 4, 128, 64))
+    if process.device.type != "cuda":
+        raise RuntimeError("there is no CUDA device")
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.manual_seed(0)
+    heads = (settings.num_heads, settings.num_kv_heads, settings.num_kv_heads)
+    shapes = [(2, count, 128, settings.head_dim) for count in heads]
+    inputs = [torch.randn(shape, device=process.device).bfloat16().requires_grad_() for shape in shapes]
 
     def results() -> list[Tensor]:
-        generator.manual_seed(0)
-        inputs = [torch.randn(s, device=device, dtype=torch.bfloat16, generator=generator) for s in shapes]
-        inputs = [tensor.requires_grad_() for tensor in inputs]
-        output = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+        output = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=heads[0] != heads[1])
         return [output, *torch.autograd.grad(output.float().square().sum(), inputs)]
 
-    expected = results()
+    expected = [tensor.detach().float() for tensor in results()]
     torch.nn.attention.activate_flash_attention_impl(name.upper())
     for got, want in zip(results(), expected, strict=True):
-        error = (got.detach().float() - want.detach().float()).norm() / want.detach().float().norm()
+        error = ((got.detach().float() - want).norm() / want.norm()).item()
         if not error < 0.02:
-            raise RuntimeError(f"differs from PyTorch's kernel by {error.item():.3g} of its norm")
+            raise RuntimeError(f"differs from PyTorch's kernel by {error:.3g} of its norm")
 
 
 def select_attention(settings: Settings, process: Process, log: Log) -> None:
     """Choose the kernel under scaled_dot_product_attention, say which and why; an explicit one must work."""
-    candidates = {"auto": ("fa3", "fa4"), "sdpa": ()}.get(settings.attention, (settings.attention,))
-    if process.device.type != "cuda":
-        if settings.attention in ("fa3", "fa4"):
-            raise SettingError(
-                f"ATTENTION={settings.attention} needs a CUDA device, there is none; use auto or sdpa"
-            )
-        candidates = ()
+    automatic = ("fa3", "fa4") if process.device.type == "cuda" else ()
     reasons = []
-    for name in candidates:
+    for name in {"auto": automatic, "sdpa": ()}.get(settings.attention, (settings.attention,)):
         try:
-            try_attention_kernel(name, process.device)
-        except (
-            Exception
-        ) as error:  # a prototype kernel may fail in any way: whatever it is, the next one is tried
-            getattr(torch.nn.attention, "restore_flash_attention_impl", lambda: None)()
-            reasons.append(
-                f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            )
-        else:
+            try_attention_kernel(name, settings, process)
             log.line(f"attention:{name} reason:agrees with PyTorch's own kernel")
             return
+        except Exception as error:  # prototype kernels may fail in any way; the next one is tried
+            getattr(torch.nn.attention, "restore_flash_attention_impl", lambda: None)()
+            torch.backends.cuda.enable_cudnn_sdp(True)
+            reasons.append(f"{name}: {type(error).__name__}: {str(error).split(chr(10))[0]}")
     if settings.attention in ("fa3", "fa4"):
-        raise SettingError(
-            f"ATTENTION={settings.attention} does not work here ({reasons[0]}); "
-            f"install requirements-gpu.txt or use ATTENTION=auto"
-        )
+        remedy = "install requirements-gpu.txt or use ATTENTION=auto"
+        raise SettingError(f"ATTENTION={settings.attention} does not work here ({reasons[0]}); {remedy}")
     log.line(f"attention:sdpa reason:{'; '.join(reasons) or 'PyTorch picks its kernel'}")
 
 
@@ -1187,10 +1187,8 @@ ARTIFACT_VERSION = 1
 ARTIFACT_PREFIX = struct.Struct("<8sII")  # magic, version, bytes of the header
 MAX_HEADER_BYTES = 1_000_000
 MAX_PAYLOAD_BYTES = 2**30
-# Kind of a stored tensor: bits per value, or the floating-point type it is kept in. Row scales are float16.
-QUANTIZED_KINDS = {"int8": 8, "int6": 6, "int5": 5}
-FLOAT_KINDS = {"float32": np.dtype("<f4")}
-SCALE_TYPE = np.dtype("<f2")
+BITS = {"int8": 8, "int6": 6, "int5": 5}  # kinds of quantized tensors; all others are float32
+SCALE_TYPE, FLOAT_TYPE = np.dtype("<f2"), np.dtype("<f4")
 SMALLEST_SCALE = 2.0**-24  # least positive float16
 
 
@@ -1261,18 +1259,18 @@ def pack_artifact(weights: dict[str, Tensor], settings: Settings, tokenizer: Tok
     """
     tensors, integers, scales, floats = [], [], [], []
     for name, tensor in weights.items():
-        kind, tensor = tensor_kind(name, tensor, settings), tensor.detach().cpu()
+        kind, tensor = tensor_kind(name, tensor, settings), tensor.detach().float().cpu()
         tensors.append([name, list(tensor.shape), kind])
-        if kind in QUANTIZED_KINDS:
-            values, scale = quantize_rows(tensor, QUANTIZED_KINDS[kind])
+        if kind in BITS:
+            values, scale = quantize_rows(tensor, BITS[kind])
             integers.append(values.numpy().tobytes())
             scales.append(scale.numpy().astype(SCALE_TYPE))
         else:
             scale = tensor
-            floats.append(tensor.float().numpy().astype(FLOAT_KINDS[kind]).reshape(-1))
+            floats.append(tensor.numpy().astype(FLOAT_TYPE).reshape(-1))
         if not bool(torch.isfinite(scale).all()):
             raise NonFiniteError(
-                f"{name}: weights are not finite numbers below 65504 per scale; lower the learning rate"
+                f"{name}: a weight is not finite, or above 65504 scales; lower the learning rates"
             )
     embedded = tokenizer.source if embed else b""
     groups = [byte_planes(np.concatenate(arrays)) for arrays in (scales, floats) if arrays]
@@ -1280,7 +1278,7 @@ def pack_artifact(weights: dict[str, Tensor], settings: Settings, tokenizer: Tok
     header = {
         "settings": settings.stored_values(),
         "tensors": tensors,
-        "tokenizer": {"sha256": tokenizer.sha256, "suffix": tokenizer.suffix, "bytes": len(embedded)},
+        "tokenizer": {"sha256": tokenizer.sha256, "bytes": len(embedded)},
     }
     header_bytes = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
     prefix = ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(header_bytes))
@@ -1298,7 +1296,7 @@ def stored_settings(values: Mapping[str, object]) -> Settings:
             raise ValueError(f"its header gives {name} as {values[name]!r}")
     try:
         # Batch sizes play no part in an artifact: these satisfy their rules.
-        return Settings(**values, eval_only="artifact", val_batch_size=2**40)
+        return Settings(**values, eval_only="artifact", val_batch_size=2**30)
     except SettingError as error:
         raise ValueError(f"its header is not valid: {error}") from error
 
@@ -1313,7 +1311,7 @@ def check_tensors(tensors: list, settings: Settings) -> list[tuple[str, list[int
     if {name: shape for name, shape, _ in tensors} != expected or len(tensors) != len(expected):
         raise ValueError("its tensors are not those of the model that its settings describe")
     for name, shape, kind in tensors:
-        if kind not in FLOAT_KINDS and (kind not in QUANTIZED_KINDS or len(shape) != 2):
+        if kind != "float32" and (kind not in BITS or len(shape) != 2):
             raise ValueError(f"tensor {name} is stored as {kind!r}, which this script does not know")
     return tensors
 
@@ -1334,22 +1332,24 @@ def expand_frame(frame: bytes, size: int) -> bytes:
     return b"".join(pieces)
 
 
-def unpack_tensors(tensors: list[tuple[str, list[int], str]], blocks: dict[str, bytes]) -> dict[str, Tensor]:
-    """Return the float32 weights that the payload's blocks stand for."""
-    integers = np.frombuffer(blocks["integers"], np.int8)
-    scales = from_byte_planes(blocks["scales"], SCALE_TYPE)
-    floats = from_byte_planes(blocks["floats"], FLOAT_KINDS["float32"])
-    weights = {}
-    for name, shape, kind in tensors:
-        count = math.prod(shape)
-        if kind in QUANTIZED_KINDS:
-            values, integers = integers[:count].reshape(shape), integers[count:]
-            scale, scales = scales[: shape[0]], scales[shape[0] :]
-            weights[name] = restore_rows(torch.from_numpy(values.copy()), torch.from_numpy(scale.copy()))
-        else:
-            values, floats = floats[:count].reshape(shape), floats[count:]
-            weights[name] = torch.from_numpy(values.copy())
-    return weights
+def unpack_tensors(tensors: list[tuple[str, list[int], str]], payload: io.BytesIO) -> dict[str, Tensor]:
+    """Return the float32 weights that the payload holds: all integers, then all scales, then all floats."""
+    counts = {name: math.prod(shape) for name, shape, _ in tensors}
+    quantized = [(name, shape) for name, shape, kind in tensors if kind in BITS]
+    floating = [name for name, _, kind in tensors if kind not in BITS]
+    integers = [
+        np.frombuffer(payload.read(counts[name]), np.int8).reshape(shape) for name, shape in quantized
+    ]
+    rows = [shape[0] for _, shape in quantized]
+    scales = from_byte_planes(payload.read(sum(rows) * SCALE_TYPE.itemsize), SCALE_TYPE)
+    sizes = [counts[name] for name in floating]
+    floats = from_byte_planes(payload.read(sum(sizes) * FLOAT_TYPE.itemsize), FLOAT_TYPE)
+    found = dict(zip(floating, np.split(floats, np.cumsum(sizes)[:-1]), strict=True))
+    for (name, _), values, scale in zip(
+        quantized, integers, np.split(scales, np.cumsum(rows)[:-1]), strict=True
+    ):
+        found[name] = restore_rows(torch.from_numpy(values.copy()), torch.from_numpy(scale.copy()))
+    return {name: torch.as_tensor(found[name]).reshape(shape) for name, shape, _ in tensors}
 
 
 def unpack_artifact(data: bytes) -> Artifact:
@@ -1369,41 +1369,33 @@ def unpack_artifact(data: bytes) -> Artifact:
     header = json.loads(data[ARTIFACT_PREFIX.size : header_end])
     settings = stored_settings(header["settings"])
     tensors = check_tensors(header["tensors"], settings)
-    embedded_size = int(header["tokenizer"]["bytes"])
-    sizes = {"integers": 0, "scales": 0, "floats": 0, "tokenizer": embedded_size}
-    for _, shape, kind in tensors:
-        count = math.prod(shape)
-        sizes["integers"] += count if kind in QUANTIZED_KINDS else 0
-        sizes["scales"] += shape[0] * SCALE_TYPE.itemsize if kind in QUANTIZED_KINDS else 0
-        sizes["floats"] += 0 if kind in QUANTIZED_KINDS else count * FLOAT_KINDS[kind].itemsize
-    if not 0 <= embedded_size <= sum(sizes.values()) <= MAX_PAYLOAD_BYTES:
-        raise ValueError(f"its header needs {sum(sizes.values())} bytes, more than any artifact has")
-    payload = io.BytesIO(expand_frame(data[header_end:-32], sum(sizes.values())))
-    blocks = {name: payload.read(size) for name, size in sizes.items()}
-    tokenizer = Tokenizer(blocks["tokenizer"], header["tokenizer"]["suffix"]) if embedded_size else None
-    if tokenizer and tokenizer.sha256 != header["tokenizer"]["sha256"]:
+    tokenizer_sha256, embedded = header["tokenizer"]["sha256"], header["tokenizer"]["bytes"]
+    per_value = {True: 1, False: FLOAT_TYPE.itemsize}
+    needed = sum(math.prod(shape) * per_value[kind in BITS] for _, shape, kind in tensors)
+    needed += sum(shape[0] * SCALE_TYPE.itemsize for _, shape, kind in tensors if kind in BITS)
+    if type(embedded) is not int or not 0 <= embedded <= needed + embedded <= MAX_PAYLOAD_BYTES:
+        raise ValueError(f"its header needs {needed} and {embedded!r} bytes, which no artifact has")
+    payload = io.BytesIO(expand_frame(data[header_end:-32], needed + embedded))
+    weights = unpack_tensors(tensors, payload)
+    tokenizer = Tokenizer(payload.read()) if embedded else None
+    if tokenizer and tokenizer.sha256 != tokenizer_sha256:
         raise ValueError("its tokenizer is not the one its header names")
-    weights = unpack_tensors(tensors, blocks)
     sha256 = hashlib.sha256(data).hexdigest()
-    return Artifact(
-        settings.stored_values(), weights, tokenizer, header["tokenizer"]["sha256"], sha256, len(data)
-    )
+    return Artifact(settings.stored_values(), weights, tokenizer, tokenizer_sha256, sha256, len(data))
 
 
 def read_artifact(path: Path) -> Artifact:
     """Read and check an artifact file; raises DataError naming the file and what is wrong with it."""
     try:
-        if path.stat().st_size > MAX_PAYLOAD_BYTES:
-            raise DataError(
-                f"{path}: {path.stat().st_size} bytes are more than any artifact has; not an artifact"
-            )
-        data = path.read_bytes()
-        return unpack_artifact(data)
+        size = path.stat().st_size
+        if size > MAX_PAYLOAD_BYTES:
+            raise ValueError(f"{size} bytes are more than any artifact has")
+        return unpack_artifact(path.read_bytes())
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}); set EVAL_ONLY to an artifact.bin"
         ) from error
-    except (ValueError, KeyError, TypeError, RecursionError, zstandard.ZstdError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, zstandard.ZstdError) as error:
         raise DataError(f"{path}: not a valid artifact ({error}); get it anew") from error
 
 
@@ -1529,6 +1521,7 @@ def score(logits, dataset: Dataset, settings: Settings, stride: int, process: Pr
 # ============================================================================================================
 
 LOSS_LAG_STEPS = 2  # the host reads losses this many steps late: it never waits for the step it just queued
+RANK_0_SECONDS = 5  # other ranks wait so long with a failure: torchrun ends all once one has ended
 RAW_TEXT_LIMIT = 8_000_000  # validation bytes up to which xz is run for comparison
 
 
@@ -1539,27 +1532,26 @@ class LossWatch:
         self.pending: list[tuple[int, float, Tensor, torch.cuda.Event | None]] = []
         self.last_good = math.nan
 
-    def push(self, step: int, scale: float, loss: Tensor) -> None:
-        """Queue the loss of `step`, made at learning-rate scale `scale`; read those that are old enough."""
+    def push(self, step: int, matrix_lr: float, loss: Tensor) -> None:
+        """Queue the loss of `step`, which ran at Muon's rate `matrix_lr`; read those that are old enough."""
         event = None
         if loss.is_cuda:
             loss = torch.empty_like(loss, device="cpu", pin_memory=True).copy_(loss, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self.pending.append((step, scale, loss, event))
+        self.pending.append((step, matrix_lr, loss, event))
         self.drain(LOSS_LAG_STEPS)
 
     def drain(self, keep: int = 0) -> float:
         """Read all but the newest `keep` losses; return the last one read. Raises NonFiniteError."""
         while len(self.pending) > keep:
-            step, scale, loss, event = self.pending.pop(0)
+            step, matrix_lr, loss, event = self.pending.pop(0)
             if event is not None:
                 event.synchronize()
             if not math.isfinite(loss):
-                raise NonFiniteError(
-                    f"step {step}: train_loss is {float(loss)} at learning-rate scale {scale:.4f}, last good "
-                    f"{self.last_good:.4f}; lower MATRIX_LR, SCALAR_LR, TIED_EMBED_LR or set GRAD_CLIP_NORM"
-                )
+                state = f"at matrix learning rate {matrix_lr:.6g}, the last good one was {self.last_good:.4f}"
+                remedy = "lower MATRIX_LR, SCALAR_LR and TIED_EMBED_LR, or set GRAD_CLIP_NORM"
+                raise NonFiniteError(f"step {step}: train_loss is {float(loss)} {state}; {remedy}")
             self.last_good = float(loss)
         return self.last_good
 
@@ -1571,11 +1563,21 @@ class Trained(NamedTuple):
     numbers: dict[str, object]  # for result.json
 
 
-def load_batches(stream: TokenStream, step: int, settings: Settings, process: Process) -> list[Tensor]:
-    """Return this rank's micro-batches of `step`; slot s goes to rank s modulo world size."""
-    slots = range(process.rank, settings.micro_batch_slots, process.world_size)
-    batches = [stream.batch(step, slot) for slot in slots]
-    return [batch.pin_memory() for batch in batches] if process.device.type == "cuda" else batches
+def load_batches(
+    stream: TokenStream, step: int, settings: Settings, process: Process, clock: Clock
+) -> tuple[list[Tensor], float]:
+    """Return this rank's micro-batches of `step` (slot s: rank s modulo world size) and rank 0's clock in ms.
+
+    A bad token that one rank meets is raised on all, so that nobody waits for it in a collective.
+    """
+    batches, failure = [], None
+    try:
+        slots = range(process.rank, settings.micro_batch_slots, process.world_size)
+        batches = [stream.batch(step, slot) for slot in slots]
+        batches = [batch.pin_memory() for batch in batches] if process.device.type == "cuda" else batches
+    except (DataError, OSError) as error:
+        failure = error
+    return batches, process.agree(clock.read_ms(), failure)
 
 
 def warm_up(model: GPT, forward, stream: TokenStream, settings: Settings, process: Process, log: Log) -> None:
@@ -1583,7 +1585,7 @@ def warm_up(model: GPT, forward, stream: TokenStream, settings: Settings, proces
     saved = [parameter.detach().clone() for parameter in model.parameters()]
     optimizers = Optimizers(model, settings, process)
     for step in range(settings.warmup_steps):
-        optimizers.gather(forward, load_batches(stream, step, settings, process))
+        optimizers.gather(forward, load_batches(stream, step, settings, process, Clock(process))[0])
         optimizers.step(1.0, settings.muon_momentum)
         log.line(f"warmup_step:{step + 1}/{settings.warmup_steps}")
     with torch.no_grad():
@@ -1599,11 +1601,16 @@ def train(
     warm_up(model, forward, dataset.train, settings, process, log)
     optimizers, ema = Optimizers(model, settings, process), Ema(model, settings.ema_decay)
     clock, watch, bar = Clock(process), LossWatch(), process.progress(settings.iterations, "train")
-    limit_ms = 1000.0 * settings.max_wallclock_seconds or math.inf
-    step, elapsed_ms, total = 0, 0.0, settings.iterations
+    limit_ms, total = 1000.0 * settings.max_wallclock_seconds or math.inf, settings.iterations
+    step, logged = 0, 0
     clock.start()
     while True:
+        batches, elapsed_ms = load_batches(dataset.train, step, settings, process, clock)
         finished = step == total or elapsed_ms >= limit_ms
+        every = settings.train_log_every
+        if step > logged and (finished or step <= 10 or (every and step % every == 0)):
+            logged = step
+            log.step("train", step, total, elapsed_ms, train_loss=watch.drain())
         if finished or (settings.val_loss_every and step % settings.val_loss_every == 0):
             clock.stop()
             watch.drain()
@@ -1613,21 +1620,13 @@ def train(
             if finished:
                 break
             clock.start()
-        failure, batches = None, []
-        try:
-            batches = load_batches(dataset.train, step, settings, process)
-        except DataError as error:
-            failure = error  # raised on every rank below, so that nobody waits for this one
         scale = learning_rate_scale(step, elapsed_ms, settings)
         loss = optimizers.gather(forward, batches)
         optimizers.step(scale, muon_momentum(step, settings))
         ema.update()
         step += 1
-        elapsed_ms = process.agree(clock.read_ms(), failure)
-        watch.push(step, scale, loss)
+        watch.push(step, settings.matrix_lr * scale, loss)
         bar.update()
-        if step <= 10 or (settings.train_log_every and step % settings.train_log_every == 0):
-            log.step("train", step, total, elapsed_ms, train_loss=watch.drain())
     bar.close()
     if step < total:
         log.line(f"stopping_early: wallclock_cap train_time:{clock.total_ms:.0f}ms step:{step}/{total}")
@@ -1648,7 +1647,7 @@ def export(
         if process.is_main:
             embed = bool(dataset.manifest and dataset.manifest["tokenizer"]["trained_here"])
             write_atomically(path, pack_artifact(weights, settings, dataset.tokenizer, embed))
-    except NonFiniteError as error:
+    except (NonFiniteError, OSError) as error:
         failure = error
     process.agree(0.0, failure)
 
@@ -1671,7 +1670,8 @@ def evaluate(
     """Score the validation split with a fresh model of the artifact's weights; return the final numbers."""
     clock = Clock(process)
     clock.start()
-    model = GPT(settings).to(process.device)
+    shape = {name: artifact.settings[name] for name in settings.stored_values(("shape",))}
+    model = GPT(dataclasses.replace(settings, **shape)).to(process.device)
     model.load_state_dict(artifact.weights)
     logits = torch.compile(model.logits, dynamic=False) if compiled else model.logits
     final = score(logits, dataset, settings, settings.eval_stride, process, "score")
@@ -1687,20 +1687,26 @@ def evaluate(
     return {**final._asdict(), "eval_seconds": clock.total_ms / 1000, **reference}
 
 
-def log_start(settings: Settings, process: Process, dataset: Dataset, log: Log) -> None:
-    """Log what a reader needs to repeat the run."""
+def log_start(settings: Settings, process: Process, log: Log) -> str:
+    """Log what a reader needs to repeat the run; return the SHA-256 of this script."""
     changed = " ".join(f"{name}={value}" for name, value in settings.changed().items())
     log.event(
         "settings",
         f"settings that differ from the defaults: {changed or 'none'}",
         **dataclasses.asdict(settings),
     )
-    cuda = process.device.type == "cuda"
+    cuda, sha256 = process.device.type == "cuda", file_sha256(Path(__file__))
     device = torch.cuda.get_device_name() if cuda else f"cpu with {torch.get_num_threads()} threads"
-    log.line(f"torch:{torch.__version__} python:{platform.python_version()} device:{device}")
     log.line(
-        f"world_size:{process.world_size} seed:{settings.seed} script_sha256:{file_sha256(Path(__file__))}"
+        f"torch:{torch.__version__} python:{platform.python_version()} device:{device} script_sha256:{sha256}"
     )
+    slots = settings.micro_batch_slots // process.world_size
+    log.line(f"world_size:{process.world_size} grad_accum_steps:{slots} seed:{settings.seed}")
+    return sha256
+
+
+def log_data(settings: Settings, dataset: Dataset, log: Log) -> None:
+    """Log what is trained on, what is scored, and how its bytes are counted."""
     if dataset.train:
         shards, tokens = len(dataset.train.paths), dataset.train.total
         log.line(f"train_loader:dataset:{settings.data_path} train_shards:{shards} tokens:{tokens}")
@@ -1709,41 +1715,51 @@ def log_start(settings: Settings, process: Process, dataset: Dataset, log: Log) 
     log.line(f"val_bpb:enabled tokenizer_path={settings.tokenizer_path} bytes:{rule}")
 
 
+def choose_compile(settings: Settings, process: Process) -> bool:
+    """Return whether to compile; raises SettingError where COMPILE=1 asks a CPU without a C++ compiler."""
+    if process.device.type == "cuda":
+        return settings.compile != "0"
+    if settings.compile == "1" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise SettingError(
+            "COMPILE=1 needs a C++ compiler on a CPU, there is none; install g++ or set COMPILE=0"
+        )
+    return settings.compile == "1"
+
+
 def run(settings: Settings, process: Process, run_dir: Path, log: Log) -> dict[str, object]:
     """Do the whole run; return all final numbers. Raises RunError."""
+    script_sha256 = log_start(settings, process, log)
     path = Path(settings.eval_only) if settings.eval_only else run_dir / "artifact.bin"
-    dataset = load_dataset(settings, read_artifact(path).tokenizer if settings.eval_only else None)
-    log_start(settings, process, dataset, log)
+    artifact = read_artifact(path) if settings.eval_only else None
+    dataset = load_dataset(settings, artifact.tokenizer if artifact else None)
+    log_data(settings, dataset, log)
     select_attention(settings, process, log)
-    compiled = process.device.type == "cuda" if settings.compile == "auto" else settings.compile == "1"
+    compiled = choose_compile(settings, process)
     numbers: dict[str, object] = {"steps": 0, "train_seconds": 0.0}
-    if not settings.eval_only:
+    if artifact is None:
         torch.manual_seed(settings.seed)
         model = GPT(settings).to(process.device)
         log.line(f"model_params:{sum(parameter.numel() for parameter in model.parameters())}")
         weights, numbers = train(model, dataset, settings, process, log, compiled)
         if process.device.type == "cuda":
-            log.line(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB")
+            allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            log.line(f"peak memory allocated: {allocated // 2**20} MiB reserved: {reserved // 2**20} MiB")
         export(weights, dataset, settings, process, path)
-    artifact, code_bytes = read_artifact(path), Path(__file__).stat().st_size
+        artifact = read_artifact(path)
     if artifact.tokenizer_sha256 != dataset.tokenizer.sha256:
         raise DataError(
             f"TOKENIZER_PATH={settings.tokenizer_path}: {path} was made with another; set that one"
         )
+    code_bytes, limit = Path(__file__).stat().st_size, settings.artifact_limit_bytes
     sizes = {
         "artifact_bytes": artifact.size,
         "code_bytes": code_bytes,
         "total_bytes": artifact.size + code_bytes,
     }
-    limit = settings.artifact_limit_bytes
     line = f"weights:{artifact.size} code:{code_bytes} total:{sizes['total_bytes']} limit:{limit} bytes"
     log.event("artifact", f"artifact:{path} {line}", **sizes)
     final = evaluate(artifact, dataset, settings, process, log, compiled)
-    hashes = {
-        **dataset.hashes,
-        "artifact_sha256": artifact.sha256,
-        "script_sha256": file_sha256(Path(__file__)),
-    }
+    hashes = {**dataset.hashes, "artifact_sha256": artifact.sha256, "script_sha256": script_sha256}
     result = {**final, **numbers, **sizes, "hashes": hashes}
     log.event(
         "result",
@@ -1755,21 +1771,33 @@ def run(settings: Settings, process: Process, run_dir: Path, log: Log) -> dict[s
     return result
 
 
-def interrupt_code(interrupt: KeyboardInterrupt) -> int:
-    """Return the shell's exit code of an interrupt: 143 for SIGTERM (see the main guard), else 130."""
-    return 143 if interrupt.args else 130
+def failure_of(error: BaseException) -> tuple[int, str]:
+    """Return the exit code and the one line for an error; code 1 is a bug and keeps its traceback."""
+    if isinstance(error, RunError):
+        return error.exit_code, str(error)
+    if isinstance(error, OSError):
+        return DataError.exit_code, f"{error.filename}: {error.strerror}; free the place or name another"
+    if isinstance(error, torch.OutOfMemoryError):
+        return SettingError.exit_code, "TRAIN_BATCH_TOKENS is too large for the GPU; raise MICRO_BATCH_SLOTS"
+    if isinstance(error, KeyboardInterrupt):
+        code = 128 + (error.args[0] if error.args else signal.SIGINT)
+        return code, "interrupted; nothing half-written is left"
+    return 1, repr(error)
 
 
 def run_and_record(settings: Settings, process: Process, notes: list[str]) -> int:
     """Run, write result.json whatever happens, and return the exit code."""
-    run_id = settings.run_id or f"{settings.recipe}-seed{settings.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(process.share(settings.run_dir or f"runs/{run_id}"))
+    started = time.strftime("%Y%m%d-%H%M%S")
+    run_id = process.share(settings.run_id or f"{settings.recipe}-seed{settings.seed}-{started}")
+    run_dir = Path(settings.run_dir or f"runs/{run_id}")
+    if settings.eval_only and Path(settings.eval_only).resolve().parent == run_dir.resolve():
+        raise SettingError(f"RUN_DIR={run_dir} holds the artifact's own run; name another folder")
     log = Log(process, run_dir)
-    if process.is_main:
-        (run_dir / "result.json").unlink(missing_ok=True)
+    for name in ("result.json", "artifact.bin") if process.is_main else ():
+        (run_dir / name).unlink(missing_ok=True)
     for note in notes:
         log.line(note)
-    record: dict[str, object] = {"exit_code": 0, "run_id": run_dir.name, "recipe": settings.recipe}
+    record: dict[str, object] = {"exit_code": 0, "run_id": run_id, "recipe": settings.recipe}
     record |= {"seed": settings.seed, "world_size": process.world_size, "settings": settings.changed()}
     try:
         record |= run(settings, process, run_dir, log)
@@ -1778,16 +1806,10 @@ def run_and_record(settings: Settings, process: Process, notes: list[str]) -> in
             raise SizeError(
                 f"code and weights have {total} bytes, over ARTIFACT_LIMIT_BYTES={limit}; shrink the model"
             )
-    except RunError as error:
-        record |= {"exit_code": error.exit_code, "error": str(error)}
-    except KeyboardInterrupt as interrupt:
-        record |= {
-            "exit_code": interrupt_code(interrupt),
-            "error": "interrupted; nothing half-written is left",
-        }
     except BaseException as error:
-        record |= {"exit_code": 1, "error": repr(error)}
-        raise
+        record["exit_code"], record["error"] = failure_of(error)
+        if record["exit_code"] == 1:
+            raise
     finally:
         if process.is_main:
             write_atomically(run_dir / "result.json", (json.dumps(record, indent=2) + "\n").encode())
@@ -1805,20 +1827,25 @@ def main(environment: Mapping[str, str]) -> int:
         stored = read_artifact(Path(mapping["EVAL_ONLY"])).settings if mapping.get("EVAL_ONLY") else None
         settings = Settings.from_env(mapping, stored)
         with open_process(mapping, settings) as process:
-            return run_and_record(settings, process, notes)
-    except RunError as error:
+            code = run_and_record(settings, process, notes)
+    except (RunError, OSError, KeyboardInterrupt) as error:
+        code, message = failure_of(error)
         if mapping.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt as interrupt:
-        return interrupt_code(interrupt)
+            print(f"error: {message}", file=sys.stderr)
+    if code and mapping.get("RANK", "0") != "0":
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(RANK_0_SECONDS)
+    return code
 
 
-def terminate(*_: object) -> None:
-    """Turn SIGTERM into the interrupt that every stage already cleans up after."""
-    raise KeyboardInterrupt("SIGTERM")
+def interrupt(number: int, _: object) -> None:
+    """Turn the first SIGINT or SIGTERM into an interrupt that stages clean up after; ignore the rest."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+    raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, terminate)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, interrupt)
     sys.exit(main(os.environ))

@@ -141,8 +141,11 @@ def check_shard(path: Path, vocab_size: int) -> None:
 
 
 def check_tokenizer(path: Path, name: str, vocab_size: int | None) -> None:
-    """Raise DataError unless `path` is a tokenizer of `vocab_size` pieces; `name` tells its kind."""
-    pieces = len(Tokenizer(path.read_bytes(), name).pieces)
+    """Raise DataError, naming `name`, unless `path` is a tokenizer of `vocab_size` pieces."""
+    try:
+        pieces = len(Tokenizer(path.read_bytes()).pieces)
+    except ValueError as error:
+        raise DataError(f"{name}: {error}; get it anew") from error
     if vocab_size not in (None, pieces):
         raise DataError(f"{name}: {pieces} pieces are not the {vocab_size} of the manifest; mend one of them")
 

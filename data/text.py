@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
+import inspect
 import io
 import json
 import lzma
@@ -34,6 +35,7 @@ from train_gpt import (
     DataError,
     Settings,
     Tokenizer,
+    failure_of,
     file_sha256,
     shard_header,
     shards_sha256,
@@ -50,7 +52,8 @@ def standard_library() -> list[Path]:
     """Return every *.py of the running Python's library outside site-packages and test folders."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(root.rglob("*.py"))
-    return [path for path in paths if not SKIPPED_FOLDERS & set(path.relative_to(root).parts[:-1])]
+    kept = [path for path in paths if not SKIPPED_FOLDERS & set(path.relative_to(root).parts[:-1])]
+    return [path for path in kept if path.is_file()]
 
 
 def list_files(inputs: list[Path]) -> list[tuple[Path, bool]]:
@@ -204,15 +207,16 @@ def train_tokenizer(documents: list[bytes], vocab_size: int) -> bytes:
         )
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise DataError(f"--vocab-size {vocab_size} does not fit this text ({reason}); lower it") from error
+        raise DataError(f"--vocab-size {vocab_size} does not fit this text ({reason}); change it") from error
     return model.getvalue()
 
 
 def fingerprint(files: list[tuple[Path, bool]], arguments: argparse.Namespace) -> str:
     """Return a digest of all options and of the inputs' names, sizes and times: it stands for a dataset."""
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path, _ in files]
-    options = (arguments.vocab_size, str(arguments.tokenizer), arguments.text_field, arguments.tune)
-    sources = [file_sha256(Path(__file__)), options, stats]
+    tokenizer = file_sha256(arguments.tokenizer) if arguments.tokenizer else arguments.vocab_size
+    options = (tokenizer, arguments.text_field, arguments.tune, arguments.sample_bytes)
+    sources = [file_sha256(Path(__file__)), inspect.getsource(Tokenizer), options, stats]
     return hashlib.sha256(repr(sources).encode()).hexdigest()
 
 
@@ -229,8 +233,8 @@ def up_to_date(folder: Path, digest: str) -> bool:
 
 def build(arguments: argparse.Namespace) -> str:
     """Make the dataset; return the line to print."""
-    named = [(path, True) for path in standard_library()]
-    files = list_files(arguments.inputs) if arguments.inputs else named
+    found = [(path, False) for path in standard_library()]
+    files = list_files(arguments.inputs) if arguments.inputs else found
     folder: Path = arguments.output
     digest = fingerprint(files, arguments)
     if up_to_date(folder, digest):
@@ -252,10 +256,10 @@ def build(arguments: argparse.Namespace) -> str:
         )
     trained_here = arguments.tokenizer is None
     if trained_here:
-        tokenizer = Tokenizer(train_tokenizer(sample, arguments.vocab_size), "tokenizer.model")
+        tokenizer = Tokenizer(train_tokenizer(sample, arguments.vocab_size))
     else:
         tokenizer = Tokenizer.load(arguments.tokenizer)
-    name = f"tokenizer{tokenizer.suffix}"
+    name = "tokenizer.model" if tokenizer.model else "tokenizer.json"
     for stale in [*folder.glob("text_*.bin"), folder / "manifest.json"]:
         stale.unlink(missing_ok=True)
     write_atomically(folder / name, tokenizer.source)
@@ -269,11 +273,11 @@ def build(arguments: argparse.Namespace) -> str:
                 raise DataError("a document does not survive encode and decode; please report the tokenizer")
             writer.add(ids, len(document))
     splits = {split: writer.close() for split, writer in writers.items()}
+    if not splits["val"]["documents"]:
+        raise DataError(f"{folder}: none of the documents validates (one in {SPLIT_MODULUS} does); add more")
     entry = {"file": name, "sha256": tokenizer.sha256, "trained_here": trained_here}
     manifest = {"fingerprint": digest, "duplicates": duplicates, "tokenizer": entry, "splits": splits}
     write_atomically(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
-    if not splits["val"]["documents"]:
-        raise DataError(f"{folder}: none of the documents validates (one in {SPLIT_MODULUS} does); add more")
     counts = "; ".join(
         f"{split}: {values['documents']} documents, {values['bytes']} bytes, {values['tokens']} tokens"
         for split, values in splits.items()
@@ -298,11 +302,16 @@ def main(argv: list[str]) -> int:
     add("--tune", action="store_true", help="hold out training documents instead of validation's")
     arguments = parser.parse_args(argv)
     try:
+        if not 2 <= arguments.vocab_size <= 2**16:
+            raise DataError(f"--vocab-size {arguments.vocab_size} is not between 2 and 65536; choose another")
+        if arguments.tokenizer:
+            Tokenizer.load(arguments.tokenizer)
         print(build(arguments))
         return 0
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    except (DataError, OSError) as error:
+        code, message = failure_of(error)
+        print(f"error: {message}", file=sys.stderr)
+        return code
     except KeyboardInterrupt:
         return 130
 

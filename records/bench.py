@@ -95,7 +95,7 @@ def bench_recipe(recipe: str, variables: dict[str, str], process: train_gpt.Proc
         return sum(float(chunk.logp.sum()) for chunk in stream)
 
     score_seconds = median_seconds(process, 3, score)
-    tokenizer = train_gpt.Tokenizer(b'{"config": {"byte_offset": 4}}', "bytes.json")
+    tokenizer = train_gpt.Tokenizer(b'{"config": {"byte_offset": 4}}')
     start = time.perf_counter()
     artifact = train_gpt.pack_artifact(ema.weights(), settings, tokenizer, embed=False)
     return {

@@ -52,14 +52,36 @@ def test_open_process_refuses_ranks_that_do_not_share_out():
     settings = train_gpt.Settings.from_env({"RECIPE": "smoke"})
     with (
         pytest.raises(train_gpt.SettingError, match="WORLD_SIZE=3 must divide MICRO_BATCH_SLOTS=2"),
-        train_gpt.open_process({"RANK": "0", "WORLD_SIZE": "3"}, settings),
+        train_gpt.open_process({"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "x"}, settings),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "first", "WORLD_SIZE": "2", "MASTER_ADDR": "x"},
+        {"RANK": "\u00b2", "WORLD_SIZE": "2", "MASTER_ADDR": "x"},
+        {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x"},
+        {"RANK": "0", "WORLD_SIZE": "0", "MASTER_ADDR": "x"},
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "-1", "MASTER_ADDR": "x"},
+        {"RANK": "0", "WORLD_SIZE": "2"},
+    ],
+)
+def test_open_process_refuses_ranks_that_torchrun_did_not_give(variables):
+    settings = train_gpt.Settings.from_env({"RECIPE": "smoke"})
     with (
-        pytest.raises(train_gpt.SettingError, match="not rank numbers"),
-        train_gpt.open_process({"RANK": "first", "WORLD_SIZE": "2"}, settings),
+        pytest.raises(train_gpt.SettingError, match="are not torchrun's; start it with torchrun"),
+        train_gpt.open_process(variables, settings),
     ):
         pass
+
+
+@pytest.mark.parametrize("variables", [{}, {"WORLD_SIZE": "8"}, {"RANK": "3"}])
+def test_one_process_needs_no_torchrun(variables):
+    settings = train_gpt.Settings.from_env({"RECIPE": "smoke"})
+    with train_gpt.open_process(variables, settings) as process:
+        assert (process.rank, process.world_size) == (0, 1)
 
 
 def test_log_writes_on_rank_0_only(tmp_path, capsys):

@@ -99,8 +99,12 @@ def test_batches_do_not_depend_on_history(tmp_path):
 
 
 def test_stream_refuses_what_it_cannot_read(tmp_path):
-    with pytest.raises(SettingError, match="TRAIN_SEQ_LEN=8 is not below the 8 training tokens"):
+    with pytest.raises(SettingError, match=r"DATA_LANES=1: 8 training .* above TRAIN_SEQ_LEN=8; lower"):
         stream_of(tmp_path, [8])
+    with pytest.raises(SettingError, match="DATA_LANES=200: 1000 training tokens over the lanes"):
+        stream_of(tmp_path, [1000], DATA_LANES="200")
+    with pytest.raises(DataError, match=r"s_train_000000\.bin: the training shards are empty"):
+        stream_of(tmp_path, [0])
     stream = stream_of(tmp_path, [300], VOCAB_SIZE="256")
     assert stream.batch(0, 0).max() < 256
     with pytest.raises(DataError, match=r"s_train_000000\.bin: token id 2\d\d is not below VOCAB_SIZE=256"):
@@ -130,7 +134,7 @@ HARD = [
 @pytest.fixture(scope="module")
 def tokenizers(dataset_dir):
     pure = json.dumps({"tokenizer_type": "pure_byte", "config": {"byte_offset": 4}}).encode()
-    return [Tokenizer.load(dataset_dir / "tokenizer.model"), Tokenizer(pure, "bytes.json")]
+    return [Tokenizer.load(dataset_dir / "tokenizer.model"), Tokenizer(pure)]
 
 
 @pytest.mark.parametrize("data", HARD)
@@ -165,17 +169,32 @@ def test_contest_tokenizer_stays_economical(sample_data):
 
 
 def test_tokenizer_without_byte_pieces_is_refused(tokenizers):
-    tokenizer = Tokenizer(tokenizers[0].source, "x.model")
+    tokenizer = Tokenizer(tokenizers[0].source)
     tokenizer.byte_ids = {}
     with pytest.raises(DataError, match=r"no piece for byte 1\d\d; use one with byte fallback"):
         tokenizer.encode("\u2581".encode())
 
 
-@pytest.mark.parametrize("source", [b"", b"not a model", b"{}"])
-@pytest.mark.parametrize("name", ["a.model", "a.json"])
-def test_what_is_no_tokenizer_is_refused(source, name):
-    with pytest.raises(DataError, match=rf"^{name}: neither"):
-        Tokenizer(source, name)
+@pytest.mark.parametrize(
+    "source",
+    [
+        b"",
+        b"not a model",
+        b"{}",
+        b"{",
+        b'{"config": 3}',
+        b'{"config": {"byte_offset": 1e999}}',
+        b'{"config": {"byte_offset": 100000000000}}',
+        b'{"config": {"byte_offset": 0}}',
+    ],
+)
+def test_what_is_no_tokenizer_is_refused(source, tmp_path):
+    """Among them: numbers that would allocate what they claim, and a marker that has bytes."""
+    with pytest.raises(ValueError, match="neither a SentencePiece model"):
+        Tokenizer(source)
+    (tmp_path / "t.model").write_bytes(source)
+    with pytest.raises(DataError, match=r"TOKENIZER_PATH=.*t\.model: neither a SentencePiece model"):
+        Tokenizer.load(tmp_path / "t.model")
 
 
 def test_exact_bytes_are_the_raw_bytes(tokenizers):
@@ -242,7 +261,7 @@ def set_split(split, name, value):
             r"no \*_val_\*\.bin shard there; run `python data/text",
         ),
         (lambda f: [p.unlink() for p in f.glob("*_train_*")], r"no \*_train_\*\.bin shard there"),
-        (lambda f: (f / "tokenizer.model").unlink(), "no such file; set it to the tokenizer"),
+        (lambda f: (f / "tokenizer.model").unlink(), "No such file or directory; set it to the tokenizer"),
         (lambda f: (f / "manifest.json").write_text("{"), "not a manifest of data/text.py"),
         (lambda f: (f / "manifest.json").write_text("[]"), "not a manifest of data/text.py"),
         (set_split("val", "bytes", 12345), "12345 raw validation bytes, but"),

@@ -164,7 +164,7 @@ def test_attention_choice_on_cpu(process):
         log = Lines()
         train_gpt.select_attention(Settings.from_env({"ATTENTION": choice}), process, log)
         assert log.lines == ["attention:sdpa reason:PyTorch picks its kernel"]
-    with pytest.raises(SettingError, match="ATTENTION=fa4 needs a CUDA device"):
+    with pytest.raises(SettingError, match=r"ATTENTION=fa4 does not work here .*there is no CUDA device"):
         train_gpt.select_attention(Settings.from_env({"ATTENTION": "fa4"}), process, Lines())
 
 
@@ -177,7 +177,7 @@ class FakeCuda:
 def test_attention_falls_back_and_says_why(monkeypatch):
     tried = []
 
-    def try_kernel(name, device):
+    def try_kernel(name, settings, process):
         tried.append(name)
         if name == "fa3":
             raise ModuleNotFoundError("no flash_attn_interface")
@@ -191,6 +191,16 @@ def test_attention_falls_back_and_says_why(monkeypatch):
         train_gpt.select_attention(Settings.from_env({"ATTENTION": "fa3"}), FakeCuda(), Lines())
 
 
+class FakeDevice:
+    """Says CUDA where it is asked, and puts tensors on the CPU."""
+
+    class Name(str):
+        type = "cuda"
+
+    def __init__(self):
+        self.device = FakeDevice.Name("cpu")
+
+
 def test_kernel_comparison_refuses_a_wrong_kernel(monkeypatch):
     original = train_gpt.F.scaled_dot_product_attention
     state = {"name": None}
@@ -200,7 +210,8 @@ def test_kernel_comparison_refuses_a_wrong_kernel(monkeypatch):
         lambda name: state.update(name=name),
         raising=False,
     )
-    train_gpt.try_attention_kernel("fa3", torch.device("cpu"))
+    device = FakeDevice()
+    train_gpt.try_attention_kernel("fa3", Settings.from_env(TINY), device)
     assert state["name"] == "FA3"
     state["name"] = None
 
@@ -210,7 +221,18 @@ def test_kernel_comparison_refuses_a_wrong_kernel(monkeypatch):
 
     monkeypatch.setattr(train_gpt.F, "scaled_dot_product_attention", wrong)
     with pytest.raises(RuntimeError, match="differs from PyTorch's kernel"):
-        train_gpt.try_attention_kernel("fa3", torch.device("cpu"))
+        train_gpt.try_attention_kernel("fa3", Settings.from_env(TINY), device)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_torch_without_other_kernels_is_no_obstacle(monkeypatch):
+    """Where torch lacks the switch the comparison fails, is undone as far as it went, and the log says so."""
+    monkeypatch.delattr(torch.nn.attention, "activate_flash_attention_impl", raising=False)
+    monkeypatch.delattr(torch.nn.attention, "restore_flash_attention_impl", raising=False)
+    log = Lines()
+    train_gpt.select_attention(Settings.from_env(TINY), FakeDevice(), log)
+    assert log.lines[0].startswith("attention:sdpa reason:fa3: AttributeError")
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.gpu

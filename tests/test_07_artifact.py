@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import struct
 import tracemalloc
 
@@ -107,6 +108,15 @@ def test_round_trip(made, tmp_path, embed, changes):
     model.load_state_dict(artifact.weights)
 
 
+def test_an_embedded_pure_byte_tokenizer_comes_back(tmp_path):
+    settings = Settings.from_env({"RECIPE": "smoke", "VOCAB_SIZE": "260"})
+    weights = {name: p.detach() for name, p in train_gpt.GPT(settings).named_parameters()}
+    tokenizer = Tokenizer(b'{"tokenizer_type": "pure_byte", "config": {"byte_offset": 4}}')
+    path = tmp_path / "artifact.bin"
+    path.write_bytes(pack_artifact(weights, settings, tokenizer, True))
+    assert read_artifact(path).tokenizer.pieces == tokenizer.pieces
+
+
 def test_fewer_bits_make_a_smaller_file(made):
     settings, weights, tokenizer = made
     sizes = [
@@ -201,7 +211,7 @@ FAULTS = {
     ),
     "an impossible setting": (lambda d: rebuilt(d, set_in(("settings", "num_heads"), 5)), "NUM_HEADS"),
     "a giant model": (
-        lambda d: rebuilt(d, set_in(("settings", "model_dim"), 16384)),
+        lambda d: rebuilt(d, set_in(("settings", "model_dim"), 2048)),
         "its tensors are not those",
     ),
     "a tensor less": (lambda d: rebuilt(d, lambda h: h["tensors"].pop()), "its tensors are not those"),
@@ -217,6 +227,20 @@ FAULTS = {
         "tokenizer is not the one",
     ),
     "a negative tokenizer": (lambda d: rebuilt(d, set_in(("tokenizer", "bytes"), -5)), "header needs"),
+    "a tokenizer of text bytes": (lambda d: rebuilt(d, set_in(("tokenizer", "bytes"), "5")), "header needs"),
+    "a tokenizer without end": (
+        lambda d: rebuilt(d, set_in(("tokenizer", "bytes"), math.inf)),
+        "header needs",
+    ),
+    "half a tokenizer byte": (lambda d: rebuilt(d, set_in(("tokenizer", "bytes"), 0.5)), "header needs"),
+    "a list for a header": (
+        lambda d: sealed(d[:12] + struct.pack("<I", 2) + b"[]" + d[16:-32]),
+        "not a valid",
+    ),
+    "sequences without end": (
+        lambda d: rebuilt(d, set_in(("settings", "train_seq_len"), 2**20)),
+        "TRAIN_SEQ_LEN",
+    ),
     "a giant tokenizer": (lambda d: rebuilt(d, set_in(("tokenizer", "bytes"), 2**40)), "header needs"),
     "a short frame": (lambda d: rebuilt(d, frame=frame_of(b"short")), "claims 5 bytes"),
     "a long frame": (lambda d: rebuilt(d, frame=frame_of(b"0" * 10**6)), "claims 1000000 bytes"),

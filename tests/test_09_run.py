@@ -167,9 +167,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(env, capsys):
         patch.setattr(train_gpt.Optimizers, "gather", broken)
         assert main(env) == 6
     message = capsys.readouterr().err
-    assert re.search(
-        r"step 7: train_loss is nan at learning-rate scale 1\.0000, last good \d+\.\d{4}; lower", message
-    )
+    words = r"step 7: train_loss is nan at matrix learning rate 10, the last good one was \d+\.\d{4}; lower"
+    assert re.search(words, message)
     assert result_of(env)["exit_code"] == 6
     assert not (Path(env["RUN_DIR"]) / "artifact.bin").exists()
 
@@ -262,7 +261,8 @@ def test_two_ranks_train_and_score_as_one(env, tmp_path):
     assert again["val_loss"] == pytest.approx(second["val_loss"], abs=1e-6)
 
 
-def test_a_fault_on_one_rank_is_one_message_on_all(env, dataset_dir, tmp_path):
+@pytest.mark.parametrize("warmup", ["0", "3"])
+def test_a_fault_on_one_rank_is_one_message_on_all(env, dataset_dir, tmp_path, warmup):
     """Only rank 1 reads the bad token; rank 0 says it, both end with code 5, nobody hangs."""
     folder = shutil.copytree(dataset_dir, tmp_path / "bad")
     path = next(folder.glob("*_train_*"))
@@ -273,13 +273,25 @@ def test_a_fault_on_one_rank_is_one_message_on_all(env, dataset_dir, tmp_path):
     place = next(p for p in range(len(tokens)) if np.array_equal(tokens[p : p + 33], row))
     tokens[place + 16] = 60_000
     write_shard(path, tokens)
-    run = {**env, "DATA_PATH": str(folder), "WARMUP_STEPS": "0", "VAL_LOSS_EVERY": "0"}
+    run = {**env, "DATA_PATH": str(folder), "WARMUP_STEPS": warmup}
     done = torchrun(2, "train_gpt.py", env=run)
     assert done.returncode == 1
     assert done.stderr.count("error: ") == 1
     assert "token id 60000 is not below VOCAB_SIZE=384" in done.stderr
-    assert "Traceback" not in done.stderr.split("ChildFailedError")[0].split("error: ")[1].split("\n")[0]
+    assert 'train_gpt.py", line' not in done.stderr
     assert result_of(env)["exit_code"] == 5
+
+
+def start(env):
+    """Start a run in a process of its own and wait until it trains."""
+    command = [sys.executable, "train_gpt.py"]
+    options = {"cwd": REPOSITORY, "env": shell_environment(env), "stderr": subprocess.PIPE, "text": True}
+    run = subprocess.Popen(command, **options)
+    metrics = Path(env["RUN_DIR"]) / "metrics.jsonl"
+    while not (metrics.is_file() and '"step": 4' in metrics.read_text()):
+        assert run.poll() is None
+        time.sleep(0.1)
+    return run
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -303,6 +315,101 @@ def test_signals_end_a_run_cleanly(env, number, code):
         "metrics.jsonl",
         "result.json",
     }
+
+
+def test_a_second_signal_does_not_break_the_cleaning_up(env):
+    env = {**env, "ITERATIONS": "10000000"}
+    command = [sys.executable, "train_gpt.py"]
+    run = subprocess.Popen(
+        command, cwd=REPOSITORY, env=shell_environment(env), stderr=subprocess.PIPE, text=True
+    )
+    metrics = Path(env["RUN_DIR"]) / "metrics.jsonl"
+    while not (metrics.is_file() and '"step": 4' in metrics.read_text()):
+        time.sleep(0.1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+        run.send_signal(number)
+        time.sleep(0.002)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == result_of(env)["exit_code"]
+    assert run.returncode in (130, 143)
+    assert "Traceback" not in errors
+
+
+def test_a_setting_error_under_torchrun_is_one_message(env):
+    done = torchrun(2, "train_gpt.py", env={**env, "NUM_LAYRES": "3"})
+    assert done.stderr.count("error: NUM_LAYRES='3' is not a setting; rename it to NUM_LAYERS") == 1
+
+
+def test_two_ranks_stop_at_the_same_step_and_score_an_artifact(env, tmp_path):
+    run = {**env, "ITERATIONS": "1000000", "MAX_WALLCLOCK_SECONDS": "1", "WARMDOWN_ITERS": "10"}
+    done = torchrun(2, "train_gpt.py", env=run)
+    assert done.returncode == 0, done.stderr
+    first = result_of(run)
+    assert 1 <= first["train_seconds"] < 10
+    only = {"EVAL_ONLY": str(Path(env["RUN_DIR"]) / "artifact.bin"), "DATA_PATH": env["DATA_PATH"]}
+    only |= {"RECIPE": "smoke", "RUN_DIR": str(tmp_path / "only"), "EVAL_STRIDE": "32"}
+    done = torchrun(2, "train_gpt.py", env=only)
+    assert done.returncode == 0, done.stderr
+    assert result_of(only)["val_loss"] == pytest.approx(first["val_loss"], abs=1e-9)
+
+
+def test_places_that_cannot_be_written_are_named_in_one_line(env, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing")):
+        assert main({**env, "RUN_DIR": str(place)}) == 5
+        message = capsys.readouterr().err
+        assert message.startswith(f"error: {place}")
+        assert message.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_full_disk_is_a_message_and_leaves_no_artifact(env, monkeypatch, capsys):
+    original = train_gpt.write_atomically
+
+    def write(path, data):
+        if path.name == "artifact.bin":
+            raise OSError(28, "No space left on device", str(path))
+        original(path, data)
+
+    monkeypatch.setattr(train_gpt, "write_atomically", write)
+    assert main(env) == 5
+    assert "artifact.bin: No space left on device" in capsys.readouterr().err
+    assert result_of(env)["exit_code"] == 5
+
+
+def test_a_failed_rerun_leaves_no_old_artifact(env):
+    assert main(env) == 0
+    assert main({**env, "TOKENIZER_PATH": "/nowhere"}) == 5
+    assert not (Path(env["RUN_DIR"]) / "artifact.bin").exists()
+
+
+def test_scoring_an_artifact_keeps_its_own_run(env, capsys):
+    assert main(env) == 0
+    before = result_of(env)
+    only = {"EVAL_ONLY": str(Path(env["RUN_DIR"]) / "artifact.bin"), **env}
+    assert main(only) == 2
+    assert "holds the artifact's own run" in capsys.readouterr().err
+    assert result_of(env) == before
+    assert artifact_bytes(env)
+
+
+def test_the_model_that_is_scored_comes_from_the_artifact_alone(env, process):
+    """Settings of another shape than the artifact's play no part in its score."""
+    assert main(env) == 0
+    settings = train_gpt.Settings.from_env(env)
+    artifact = train_gpt.read_artifact(Path(env["RUN_DIR"]) / "artifact.bin")
+    dataset = train_gpt.load_dataset(settings)
+    other = train_gpt.Settings.from_env({**env, "NUM_LAYERS": "2", "ROPE_BASE": "50", "LOGIT_SOFTCAP": "3"})
+    log = train_gpt.Log(train_gpt.Process(1, 2, process.device), Path("unused"))
+    scores = [train_gpt.evaluate(artifact, dataset, s, process, log, False) for s in (settings, other)]
+    assert scores[0]["val_loss"] == scores[1]["val_loss"] == result_of(env)["val_loss"]
+
+
+def test_compile_without_a_compiler_is_refused(env, monkeypatch, capsys):
+    monkeypatch.setattr(train_gpt.shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main({**env, "COMPILE": "1"}) == 2
+    assert "COMPILE=1 needs a C++ compiler" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -190,7 +190,7 @@ def too_small(folder):
 
 def no_tokenizer(folder):
     (folder / "x.txt").write_bytes(b"some text")
-    return [folder / "x.txt", "--tokenizer", folder / "nothing.model"], "nothing.model: no such file"
+    return [folder / "x.txt", "--tokenizer", folder / "nothing.model"], "nothing.model: No such file"
 
 
 @pytest.mark.parametrize(

@@ -1841,7 +1841,7 @@ def main(environment: Mapping[str, str]) -> int:
 def interrupt(number: int, _: object) -> None:
     """Turn the first SIGINT or SIGTERM into an interrupt that stages clean up after; ignore the rest."""
     for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
+        signal.signal(name, lambda *_: None)
     raise KeyboardInterrupt(number)
 
 

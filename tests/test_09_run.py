@@ -297,14 +297,7 @@ def start(env):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_end_a_run_cleanly(env, number, code):
     env = {**env, "ITERATIONS": "10000000"}
-    command = [sys.executable, "train_gpt.py"]
-    run = subprocess.Popen(
-        command, cwd=REPOSITORY, env=shell_environment(env), stderr=subprocess.PIPE, text=True
-    )
-    metrics = Path(env["RUN_DIR"]) / "metrics.jsonl"
-    while not (metrics.is_file() and '"step": 4' in metrics.read_text()):
-        assert run.poll() is None
-        time.sleep(0.1)
+    run = start(env)
     run.send_signal(number)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == code
@@ -319,13 +312,7 @@ def test_signals_end_a_run_cleanly(env, number, code):
 
 def test_a_second_signal_does_not_break_the_cleaning_up(env):
     env = {**env, "ITERATIONS": "10000000"}
-    command = [sys.executable, "train_gpt.py"]
-    run = subprocess.Popen(
-        command, cwd=REPOSITORY, env=shell_environment(env), stderr=subprocess.PIPE, text=True
-    )
-    metrics = Path(env["RUN_DIR"]) / "metrics.jsonl"
-    while not (metrics.is_file() and '"step": 4' in metrics.read_text()):
-        time.sleep(0.1)
+    run = start(env)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
         run.send_signal(number)
         time.sleep(0.002)

@@ -185,7 +185,7 @@ def truncated(folder):
 
 def too_small(folder):
     (folder / "x.txt").write_bytes(b"too little text for so many pieces\n")
-    return [folder / "x.txt"], "--vocab-size 4096 does not fit this text"
+    return [folder / "x.txt"], "--vocab-size 4000 does not fit this text"
 
 
 def no_tokenizer(folder):

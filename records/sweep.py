@@ -26,10 +26,8 @@ ALTERNATIVES = {
     "vocabulary 2048": {"VOCAB_SIZE": "2048"},
     "vocabulary 8192": {"VOCAB_SIZE": "8192"},
     "width 192": {"MODEL_DIM": "192", "NUM_HEADS": "3", "NUM_KV_HEADS": "3"},
-    "4 layers": {"NUM_LAYERS": "4"},
-    "batch 4096": {"TRAIN_BATCH_TOKENS": "4096"},
-    "one lane": {"DATA_LANES": "1"},
-    "no average": {"EMA_DECAY": "0"},
+    "batch 2048": {"TRAIN_BATCH_TOKENS": "2048", "WARMDOWN_ITERS": "640"},
+    "sequences of 512": {"TRAIN_SEQ_LEN": "512"},
 }
 
 

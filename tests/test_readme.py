@@ -51,7 +51,8 @@ def test_alternatives_are_those_of_the_sweep():
     assert {name: entry["variables"] for name, entry in results.items()} == sweep.ALTERNATIVES
     for variables in sweep.ALTERNATIVES.values():
         train_gpt.Settings.from_env({"RECIPE": "cpu", **variables})
-    assert min(results, key=lambda name: results[name]["val_bpb"]) == "cpu"
+    # One run each: what lies within 0.01 of the best cannot be told from it.
+    assert results["cpu"]["val_bpb"] <= min(entry["val_bpb"] for entry in results.values()) + 0.01
 
 
 @pytest.mark.parametrize("command", COMMANDS)

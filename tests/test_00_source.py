@@ -50,20 +50,24 @@ def test_public_definitions_have_docstrings():
     assert [n.name for n in public if not n.name.startswith("_") and not ast.get_docstring(n)] == []
 
 
-def test_no_forward_references():
-    """Every top-level name is defined above the definition that uses it (annotations are not evaluated)."""
-    lines = {node.name: node.lineno for node in DEFINITIONS}
-    for node in TREE.body:
+def forward_references(tree):
+    """Return (name, line) wherever a definition uses a top-level name that is defined below it."""
+    definitions = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    lines = {node.name: node.lineno for node in definitions}
+    for node in tree.body:
         if isinstance(node, ast.Assign):
             lines |= {target.id: node.lineno for target in node.targets if isinstance(target, ast.Name)}
-    late = [
-        (name.id, node.lineno)
-        for node in TREE.body
-        for name in ast.walk(node)
-        if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Load)
-        if lines.get(name.id, 0) > node.end_lineno
+    loads = [(node, name) for node in tree.body for name in ast.walk(node) if isinstance(name, ast.Name)]
+    loads = [(node, name) for node, name in loads if isinstance(name.ctx, ast.Load)]
+    return [(name.id, node.lineno) for node, name in loads if lines.get(name.id, 0) > node.end_lineno]
+
+
+def test_no_forward_references():
+    assert forward_references(TREE) == []
+    assert forward_references(ast.parse("def f():\n    return g() + C\ndef g(): pass\nC = 1")) == [
+        ("g", 1),
+        ("C", 1),
     ]
-    assert late == []
 
 
 def test_sections_are_numbered_described_and_tested():
@@ -82,14 +86,22 @@ def test_sections_are_numbered_described_and_tested():
         assert re.search(rf"^    {number}  {title} ", ast.get_docstring(TREE, clean=False), re.M)
 
 
-def test_environment_is_read_in_the_main_guard_only():
-    reads = [
-        n.lineno for n in ast.walk(TREE) if isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv")
+def environment_reads(tree):
+    """Return the lines that read the environment outside the main guard."""
+    names = ("environ", "getenv", "environb")
+    reads = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in names]
+    guard = tree.body[-1]
+    return [
+        line
+        for line in reads
+        if not isinstance(guard, ast.If) or not guard.lineno <= line <= guard.end_lineno
     ]
-    guard = TREE.body[-1]
-    assert isinstance(guard, ast.If)
-    assert len(reads) == 1
-    assert guard.lineno <= reads[0] <= guard.end_lineno
+
+
+def test_environment_is_read_in_the_main_guard_only():
+    assert environment_reads(TREE) == []
+    assert "os.environ" in ast.unparse(TREE.body[-1])
+    assert environment_reads(ast.parse("import os\nx = os.environ['A']\nif x:\n    os.getenv('B')")) == [2]
 
 
 def test_no_globals_and_no_getattr_on_settings():

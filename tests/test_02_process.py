@@ -122,5 +122,9 @@ def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path, monkeypatc
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_progress_shows_on_a_terminal_only(process):
+def test_progress_shows_on_rank_0s_terminal_only(process, monkeypatch):
     assert process.progress(10, "train").disable
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with process.progress(10, "train") as bar:
+        assert not bar.disable
+    assert train_gpt.Process(1, 2, process.device).progress(10, "train").disable

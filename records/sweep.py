@@ -27,7 +27,7 @@ ALTERNATIVES = {
     "vocabulary 8192": {"VOCAB_SIZE": "8192"},
     "width 192": {"MODEL_DIM": "192", "NUM_HEADS": "3", "NUM_KV_HEADS": "3"},
     "batch 2048": {"TRAIN_BATCH_TOKENS": "2048", "WARMDOWN_ITERS": "640"},
-    "sequences of 512": {"TRAIN_SEQ_LEN": "512"},
+    "momentum 0.95": {"MUON_MOMENTUM": "0.95"},
 }
 
 

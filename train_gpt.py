@@ -247,32 +247,25 @@ class Settings:
         """
         fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
         for name in sorted(mapping.keys() - fields.keys() - OTHER_TOOLS):
+            text = f"{name}={mapping[name]!r} is not a setting"
             if name in REFUSED_NAMES:
-                raise SettingError(f"{name}={mapping[name]!r} is not a setting here: {REFUSED_NAMES[name]}")
-            close = (
-                difflib.get_close_matches(name, sorted(fields), n=1, cutoff=0.85) if name.isupper() else ()
-            )
-            if close:
-                raise SettingError(
-                    f"{name}={mapping[name]!r} is not a setting; rename it to {close[0]} or unset it"
-                )
-        by_hand = {
-            name: parse_setting(fields[name], mapping[name]) for name in fields.keys() & mapping.keys()
-        }
+                raise SettingError(f"{text} here: {REFUSED_NAMES[name]}")
+            if name.isupper() and (close := difflib.get_close_matches(name, sorted(fields), 1, 0.85)):
+                raise SettingError(f"{text}; rename it to {close[0]} or unset it")
+        by_hand = {name: parse_setting(fields[name], mapping[name]) for name in fields if name in mapping}
         recipe = RECIPES.get(by_hand.get("RECIPE", fields["RECIPE"].default), "")
         row = dict(pair.split("=", 1) for pair in recipe.split())
         values = {name: parse_setting(fields[name], text) for name, text in row.items()}
         for name, value in ((name.upper(), value) for name, value in (stored or {}).items()):
             values[name] = value
             if fields[name].metadata["stored"] == "shape" and by_hand.get(name, value) != value:
-                raise SettingError(
-                    f"{name}={by_hand[name]!r} contradicts the artifact's {value!r}; unset {name}"
-                )
+                text = f"{name}={by_hand[name]!r} contradicts the artifact's {value!r}"
+                raise SettingError(f"{text}; unset {name}")
         return cls(**{name.lower(): value for name, value in (values | by_hand).items()})
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, rule, problem = getattr(self, field.name), field.metadata, ""
+            name, value, rule, problem = field.name.upper(), getattr(self, field.name), field.metadata, ""
             if rule["choices"] and value not in rule["choices"]:
                 problem = f"choose one of {', '.join(map(str, rule['choices']))}"
             elif rule["low"] is not None and not value >= rule["low"]:
@@ -280,20 +273,13 @@ class Settings:
             elif rule["high"] is not None and not value <= rule["high"]:
                 problem = f"lower it to {rule['high']} at most"
             if problem:
-                raise SettingError(
-                    f"{field.name.upper()}={value!r} is not allowed ({rule['doc']}): {problem}"
-                )
+                raise SettingError(f"{name}={value!r} is not allowed ({rule['doc']}): {problem}")
         row = self.micro_batch_slots * self.train_seq_len
         ragged = not self.eval_only and self.train_batch_tokens % row
-        val_row = self.micro_batch_slots * self.window
+        val_row, kv_heads = self.micro_batch_slots * self.window, self.num_kv_heads
         rules = (
             ("MODEL_DIM", self.model_dim % self.num_heads, "a multiple of NUM_HEADS", self.num_heads),
-            (
-                "NUM_HEADS",
-                self.num_heads % self.num_kv_heads,
-                "a multiple of NUM_KV_HEADS",
-                self.num_kv_heads,
-            ),
+            ("NUM_HEADS", self.num_heads % kv_heads, "a multiple of NUM_KV_HEADS", kv_heads),
             ("MODEL_DIM", self.head_dim % 2, "an even multiple of NUM_HEADS", self.num_heads),
             ("MODEL_DIM", self.head_dim > 512, "at most 512 times NUM_HEADS", self.num_heads),
             ("TRAIN_BATCH_TOKENS", ragged, "a multiple of slots times sequence", row),
@@ -413,9 +399,7 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
         raise SettingError(f"WORLD_SIZE={world_size} must divide MICRO_BATCH_SLOTS={slots}; change one")
     if torch.cuda.is_available():
         if local_rank >= gpus:
-            raise SettingError(
-                f"LOCAL_RANK={local_rank} has no GPU, there are {gpus}; lower --nproc_per_node"
-            )
+            raise SettingError(f"LOCAL_RANK={local_rank} has no GPU of {gpus}; lower --nproc_per_node")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -492,9 +476,8 @@ class Clock:
 
     def read_ms(self) -> float:
         """Return the milliseconds counted so far, without waiting for the device."""
-        return self.total_ms + (
-            0.0 if self.started is None else 1000.0 * (time.perf_counter() - self.started)
-        )
+        running = 0.0 if self.started is None else time.perf_counter() - self.started
+        return self.total_ms + 1000.0 * running
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -638,9 +621,7 @@ class Tokenizer:
             if not MARKER_ID < len(self.pieces) <= 2**16 or self.pieces[MARKER_ID]:
                 raise ValueError
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ValueError(
-                "neither a SentencePiece model with marker 1 nor a pure byte tokenizer"
-            ) from error
+            raise ValueError("neither a SentencePiece model with marker 1 nor pure bytes") from error
         is_byte = self.model.is_byte if self.model else bool
         self.byte_ids = {p[0]: token for token, p in enumerate(self.pieces) if p and is_byte(token)}
 
@@ -651,20 +632,15 @@ class Tokenizer:
             return cls(path.read_bytes())
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise DataError(
-                f"TOKENIZER_PATH={path}: {reason}; set it to the tokenizer that made the shards"
-            ) from error
+            raise DataError(f"TOKENIZER_PATH={path}: {reason}; set it to the shards' own") from error
 
     def _piece(self, token: int) -> bytes:
         """Return a token's raw bytes: markers none, byte pieces one, others text with U+2581 as space."""
         if self.model.is_control(token) or self.model.is_unknown(token) or self.model.is_unused(token):
             return b""
         text = self.model.id_to_piece(token)
-        return (
-            bytes([int(text[3:5], 16)])
-            if self.model.is_byte(token)
-            else text.replace(WORD_START, " ").encode()
-        )
+        is_byte = self.model.is_byte(token)
+        return bytes([int(text[3:5], 16)]) if is_byte else text.replace(WORD_START, " ").encode()
 
     def byte_table(self, exact: bool) -> ByteTable:
         """Return the table that adds up to the raw documents (`exact`), or the contest's.
@@ -731,9 +707,7 @@ def read_manifest(folder: Path) -> dict | None:
             _ = int(manifest["splits"][split]["bytes"]), str(manifest["splits"][split]["sha256"])
         _ = str(manifest["tokenizer"]["sha256"]), bool(manifest["tokenizer"]["trained_here"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(
-            f"{path}: not a manifest of data/text.py ({error!r}); make the dataset anew"
-        ) from error
+        raise DataError(f"{path}: not a manifest of data/text.py ({error!r}); make it anew") from error
     return manifest
 
 
@@ -751,40 +725,35 @@ class Dataset(NamedTuple):
 def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Dataset:
     """Open everything under DATA_PATH and check it; `carried` is the tokenizer that came with an artifact.
 
-    Raises DataError where a file is missing or damaged, where tokenizer, vocabulary and shards do not fit
-    together, or where the tokens' bytes are not those of the raw documents that the manifest counted.
+    Raises DataError where a file is missing or damaged, where tokenizer and shards do not fit together, or
+    where the tokens' bytes are not those of the raw documents that the manifest counted; SettingError where
+    VOCAB_SIZE is not the tokenizer's.
     """
     folder = Path(settings.data_path)
     paths, manifest = find_shards(folder, "val"), read_manifest(folder)
     tokenizer = carried or Tokenizer.load(Path(settings.tokenizer_path))
     size = len(tokenizer.pieces)
     if size != settings.vocab_size:
-        raise DataError(
-            f"TOKENIZER_PATH has {size} pieces, VOCAB_SIZE={settings.vocab_size}; they must be equal"
+        raise SettingError(
+            f"VOCAB_SIZE={settings.vocab_size} is not the tokenizer's {size} pieces; set it to that"
         )
     if manifest and manifest["tokenizer"]["sha256"] != tokenizer.sha256:
-        raise DataError(
-            f"{folder}: its shards were made with another tokenizer than the run's; set TOKENIZER_PATH"
-        )
+        raise DataError(f"{folder}: its shards were made with another tokenizer; set TOKENIZER_PATH to it")
     shards = [open_shard(path) for path in paths]
     for path, shard in zip(paths, shards, strict=True):
         check_token_ids(shard, settings.vocab_size, path)
     val_tokens = shards[0] if len(shards) == 1 else np.concatenate(shards)
     if len(val_tokens) < 2:
-        raise DataError(
-            f"{paths[0]}: {len(val_tokens)} validation tokens leave nothing to score; bring more text"
-        )
+        raise DataError(f"{paths[0]}: {len(val_tokens)} validation tokens leave nothing to score; bring more")
     hashes = {"val_sha256": shards_sha256(paths), "tokenizer_sha256": tokenizer.sha256}
     table = tokenizer.byte_table(exact=manifest is not None)
     if manifest:
-        stated, found = manifest["splits"]["val"], int(table.base[val_tokens].sum())
+        stated, size = manifest["splits"]["val"], int(table.base[val_tokens].sum())
         if stated["sha256"] != hashes["val_sha256"]:
+            raise DataError(f"{folder}: manifest.json describes other validation shards; make it anew")
+        if stated["bytes"] != size:
             raise DataError(
-                f"{folder}: manifest.json describes other validation shards; make the dataset anew"
-            )
-        if stated["bytes"] != found:
-            raise DataError(
-                f"{folder}: {stated['bytes']} raw validation bytes, but {found} in tokens; make it anew"
+                f"{folder}: {stated['bytes']} raw validation bytes, {size} in tokens; make it anew"
             )
         hashes["train_sha256"] = manifest["splits"]["train"]["sha256"]
     stream = None if settings.eval_only else TokenStream(find_shards(folder, "train"), settings)
@@ -1269,9 +1238,7 @@ def pack_artifact(weights: dict[str, Tensor], settings: Settings, tokenizer: Tok
             scale = tensor
             floats.append(tensor.numpy().astype(FLOAT_TYPE).reshape(-1))
         if not bool(torch.isfinite(scale).all()):
-            raise NonFiniteError(
-                f"{name}: a weight is not finite, or above 65504 scales; lower the learning rates"
-            )
+            raise NonFiniteError(f"{name}: a weight is infinite or no number; lower the learning rates")
     embedded = tokenizer.source if embed else b""
     groups = [byte_planes(np.concatenate(arrays)) for arrays in (scales, floats) if arrays]
     payload = b"".join([*integers, *groups, embedded])
@@ -1392,9 +1359,7 @@ def read_artifact(path: Path) -> Artifact:
             raise ValueError(f"{size} bytes are more than any artifact has")
         return unpack_artifact(path.read_bytes())
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); set EVAL_ONLY to an artifact.bin"
-        ) from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); name an artifact.bin") from error
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError, zstandard.ZstdError) as error:
         raise DataError(f"{path}: not a valid artifact ({error}); get it anew") from error
 
@@ -1492,15 +1457,12 @@ class Ledger:
         times_priced = self.process.sum(self.times_priced)
         wrong = int((times_priced != 1).sum())
         if wrong:
-            raise DataError(
-                f"{wrong} of {len(times_priced)} targets were not priced exactly once; mend the window plan"
-            )
+            total = len(times_priced)
+            raise DataError(f"{wrong} of {total} targets were not priced exactly once; mend the window plan")
         if not math.isfinite(nats):
             raise NonFiniteError(f"the score is {nats} nats; the artifact's weights are unusable, train anew")
         if self.bytes == 0:
-            raise DataError(
-                "the validation targets have no bytes; is this the tokenizer that made the shards?"
-            )
+            raise DataError("the validation targets have no bytes; set TOKENIZER_PATH to the shards' own")
         tokens = len(times_priced)
         return Score(nats / tokens, nats / math.log(2) / self.bytes, tokens, self.bytes)
 
@@ -1556,13 +1518,6 @@ class LossWatch:
         return self.last_good
 
 
-class Trained(NamedTuple):
-    """What training hands over."""
-
-    weights: dict[str, Tensor]  # averaged
-    numbers: dict[str, object]  # for result.json
-
-
 def load_batches(
     stream: TokenStream, step: int, settings: Settings, process: Process, clock: Clock
 ) -> tuple[list[Tensor], float]:
@@ -1594,8 +1549,11 @@ def warm_up(model: GPT, forward, stream: TokenStream, settings: Settings, proces
 
 def train(
     model: GPT, dataset: Dataset, settings: Settings, process: Process, log: Log, compiled: bool
-) -> Trained:
-    """Train until ITERATIONS or MAX_WALLCLOCK_SECONDS end it, on all ranks at the same step."""
+) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Train until ITERATIONS or MAX_WALLCLOCK_SECONDS end it, on all ranks at the same step.
+
+    Returns the averaged weights and training's numbers for result.json.
+    """
     forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
     logits = torch.compile(model.logits, dynamic=False) if compiled else model.logits
     warm_up(model, forward, dataset.train, settings, process, log)
@@ -1635,7 +1593,7 @@ def train(
         "average", f"ema: decay:{ema.decay} updates:{ema.count} moved:{moved:.6f} of the weights", moved=moved
     )
     numbers = {"steps": step, "train_seconds": clock.total_ms / 1000, "train_loss": watch.last_good}
-    return Trained(ema.weights(), numbers | {f"training_{name}": value for name, value in losses.items()})
+    return ema.weights(), numbers | {f"training_{name}": value for name, value in losses.items()}
 
 
 def export(
@@ -1720,9 +1678,7 @@ def choose_compile(settings: Settings, process: Process) -> bool:
     if process.device.type == "cuda":
         return settings.compile != "0"
     if settings.compile == "1" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise SettingError(
-            "COMPILE=1 needs a C++ compiler on a CPU, there is none; install g++ or set COMPILE=0"
-        )
+        raise SettingError("COMPILE=1 needs a C++ compiler on a CPU; install g++ or set COMPILE=0")
     return settings.compile == "1"
 
 
@@ -1747,9 +1703,7 @@ def run(settings: Settings, process: Process, run_dir: Path, log: Log) -> dict[s
         export(weights, dataset, settings, process, path)
         artifact = read_artifact(path)
     if artifact.tokenizer_sha256 != dataset.tokenizer.sha256:
-        raise DataError(
-            f"TOKENIZER_PATH={settings.tokenizer_path}: {path} was made with another; set that one"
-        )
+        raise DataError(f"TOKENIZER_PATH={settings.tokenizer_path}: {path} was made with another; set that")
     code_bytes, limit = Path(__file__).stat().st_size, settings.artifact_limit_bytes
     sizes = {
         "artifact_bytes": artifact.size,
@@ -1804,7 +1758,7 @@ def run_and_record(settings: Settings, process: Process, notes: list[str]) -> in
         total, limit = record["total_bytes"], settings.artifact_limit_bytes
         if total > limit:
             raise SizeError(
-                f"code and weights have {total} bytes, over ARTIFACT_LIMIT_BYTES={limit}; shrink the model"
+                f"{total} bytes of code and weights, over ARTIFACT_LIMIT_BYTES={limit}; shrink it"
             )
     except BaseException as error:
         record["exit_code"], record["error"] = failure_of(error)

@@ -261,10 +261,10 @@ def set_split(split, name, value):
             r"no \*_val_\*\.bin shard there; run `python data/text",
         ),
         (lambda f: [p.unlink() for p in f.glob("*_train_*")], r"no \*_train_\*\.bin shard there"),
-        (lambda f: (f / "tokenizer.model").unlink(), "No such file or directory; set it to the tokenizer"),
+        (lambda f: (f / "tokenizer.model").unlink(), "No such file or directory; set it to the shards' own"),
         (lambda f: (f / "manifest.json").write_text("{"), "not a manifest of data/text.py"),
         (lambda f: (f / "manifest.json").write_text("[]"), "not a manifest of data/text.py"),
-        (set_split("val", "bytes", 12345), "12345 raw validation bytes, but"),
+        (set_split("val", "bytes", 12345), "12345 raw validation bytes, "),
         (set_split("val", "sha256", "0"), "describes other validation shards"),
         (
             lambda f: edit_manifest(f, lambda m: m["tokenizer"].update(sha256="0")),
@@ -285,7 +285,9 @@ def test_datasets_that_do_not_fit_together_are_refused(env, dataset_dir, tmp_pat
 
 
 def test_vocabulary_must_be_the_tokenizers(env):
-    with pytest.raises(DataError, match="TOKENIZER_PATH has 384 pieces, VOCAB_SIZE=500"):
+    with pytest.raises(
+        SettingError, match="VOCAB_SIZE=500 is not the tokenizer's 384 pieces; set it to that"
+    ):
         load({**env, "VOCAB_SIZE": "500"})
 
 

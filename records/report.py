@@ -30,9 +30,10 @@ def final_line() -> str:
     """Return the last line of the kept `make run`, and its size and times in a sentence."""
     result, _ = kept_run("cpu")
     last = (RECORDS / "cpu" / "run.log").read_text().splitlines()[-1]
+    steps, xz, size = result["steps"], result["xz_bpb"], result["bytes"]
     return (
-        f"```\n{last}\n```\n\n(recorded on two cores, which managed {result['steps']} steps: a slower machine takes fewer "
-        f"and ends higher; `xz -9e` needs {result['xz_bpb']:.4f} bits per byte for the same {result['bytes']:,} bytes)"
+        f"```\n{last}\n```\n\n(recorded on two cores, which managed {steps} steps: a slower machine takes fewer and "
+        f"ends higher; `xz -9e` needs {xz:.4f} bits per byte for the same {size:,} bytes)"
     )
 
 

@@ -32,8 +32,8 @@ def final_line() -> str:
     last = (RECORDS / "cpu" / "run.log").read_text().splitlines()[-1]
     steps, xz, size = result["steps"], result["xz_bpb"], result["bytes"]
     return (
-        f"```\n{last}\n```\n\n(recorded on two cores, which managed {steps} steps: a slower machine takes fewer "
-        f"and ends higher; `xz -9e` needs {xz:.4f} bits per byte for the same {size:,} bytes)"
+        f"```\n{last}\n```\n\n(recorded on two cores, which managed {steps} steps: a slower machine takes "
+        f"fewer and ends higher; `xz -9e` needs {xz:.4f} bits per byte for the same {size:,} bytes)"
     )
 
 

@@ -712,9 +712,9 @@ def read_manifest(folder: Path) -> dict | None:
 
 
 class Dataset(NamedTuple):
-    """What a run reads; `train` is None where nothing is trained."""
+    """What a run reads; `stream` is None where nothing is trained."""
 
-    train: TokenStream | None
+    stream: TokenStream | None
     val_tokens: np.ndarray  # (N + 1,) uint16
     target_bytes: np.ndarray  # (N,) uint16, bytes of each validation target
     tokenizer: Tokenizer
@@ -978,7 +978,7 @@ def learning_rate_scale(step: int, elapsed_ms: float, settings: Settings) -> flo
     return remaining_ms / warmdown_ms if remaining_ms <= warmdown_ms and warmdown_ms > 0 else 1.0
 
 
-def muon_momentum(step: int, settings: Settings) -> float:
+def momentum_at(step: int, settings: Settings) -> float:
     """Return Muon's momentum at `step`: linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM."""
     ramp = (
         min(step / settings.muon_momentum_warmup_steps, 1.0) if settings.muon_momentum_warmup_steps else 1.0
@@ -1556,14 +1556,14 @@ def train(
     """
     forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
     logits = torch.compile(model.logits, dynamic=False) if compiled else model.logits
-    warm_up(model, forward, dataset.train, settings, process, log)
+    warm_up(model, forward, dataset.stream, settings, process, log)
     optimizers, ema = Optimizers(model, settings, process), Ema(model, settings.ema_decay)
     clock, watch, bar = Clock(process), LossWatch(), process.progress(settings.iterations, "train")
     limit_ms, total = 1000.0 * settings.max_wallclock_seconds or math.inf, settings.iterations
     step, logged = 0, 0
     clock.start()
     while True:
-        batches, elapsed_ms = load_batches(dataset.train, step, settings, process, clock)
+        batches, elapsed_ms = load_batches(dataset.stream, step, settings, process, clock)
         finished = step == total or elapsed_ms >= limit_ms
         every = settings.train_log_every
         if step > logged and (finished or step <= 10 or (every and step % every == 0)):
@@ -1580,7 +1580,7 @@ def train(
             clock.start()
         scale = learning_rate_scale(step, elapsed_ms, settings)
         loss = optimizers.gather(forward, batches)
-        optimizers.step(scale, muon_momentum(step, settings))
+        optimizers.step(scale, momentum_at(step, settings))
         ema.update()
         step += 1
         watch.push(step, settings.matrix_lr * scale, loss)
@@ -1665,8 +1665,8 @@ def log_start(settings: Settings, process: Process, log: Log) -> str:
 
 def log_data(settings: Settings, dataset: Dataset, log: Log) -> None:
     """Log what is trained on, what is scored, and how its bytes are counted."""
-    if dataset.train:
-        shards, tokens = len(dataset.train.paths), dataset.train.total
+    if dataset.stream:
+        shards, tokens = len(dataset.stream.paths), dataset.stream.total
         log.line(f"train_loader:dataset:{settings.data_path} train_shards:{shards} tokens:{tokens}")
     log.line(f"val_loader:tokens:{len(dataset.target_bytes)} bytes:{int(dataset.target_bytes.sum())}")
     rule = "raw bytes, as in the manifest" if dataset.manifest else "the contest's table, no manifest"

@@ -235,7 +235,7 @@ def test_dataset_bytes_are_the_manifests(env, dataset_dir):
     manifest = json.loads((dataset_dir / "manifest.json").read_text())
     assert int(dataset.target_bytes.sum()) == manifest["splits"]["val"]["bytes"]
     assert len(dataset.val_tokens) == manifest["splits"]["val"]["tokens"]
-    assert dataset.train.total == manifest["splits"]["train"]["tokens"]
+    assert dataset.stream.total == manifest["splits"]["train"]["tokens"]
 
 
 def copy_dataset(env, dataset_dir, tmp_path):

@@ -146,7 +146,5 @@ def test_muon_momentum_ramp():
     settings = settings_of(
         MUON_MOMENTUM="0.9", MUON_MOMENTUM_WARMUP_START="0.5", MUON_MOMENTUM_WARMUP_STEPS="10"
     )
-    assert [train_gpt.muon_momentum(s, settings) for s in (0, 5, 10, 99)] == pytest.approx(
-        [0.5, 0.7, 0.9, 0.9]
-    )
-    assert train_gpt.muon_momentum(0, settings_of(MUON_MOMENTUM_WARMUP_STEPS="0")) == 0.95
+    assert [train_gpt.momentum_at(s, settings) for s in (0, 5, 10, 99)] == pytest.approx([0.5, 0.7, 0.9, 0.9])
+    assert train_gpt.momentum_at(0, settings_of(MUON_MOMENTUM_WARMUP_STEPS="0")) == 0.95

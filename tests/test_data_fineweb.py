@@ -167,7 +167,7 @@ def test_training_reads_what_the_last_line_says(run):
     command = run()[1].split("use with ")[1]
     mapping = dict(pair.split("=", 1) for pair in shlex.split(command))
     dataset = load_dataset(Settings.from_env({"RECIPE": "smoke"} | mapping))
-    assert len(dataset.val_tokens) == 500 and dataset.train.total == 501 + 502
+    assert len(dataset.val_tokens) == 500 and dataset.stream.total == 501 + 502
     assert dataset.manifest is None
 
 

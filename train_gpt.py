@@ -1444,27 +1444,29 @@ class Ledger:
         self.process = process
         self.bytes = int(target_bytes.sum())
         self.times_priced = torch.zeros(len(target_bytes), dtype=torch.uint8, device=process.device)
-        self.nats = torch.zeros((), dtype=torch.float64, device=process.device)
+        self.totals = torch.zeros(2, dtype=torch.float64, device=process.device)  # nats, prices taken in
 
     def add(self, chunk: ScoredChunk) -> None:
         """Take in one chunk."""
         self.times_priced.index_add_(0, chunk.positions, torch.ones_like(chunk.positions, dtype=torch.uint8))
-        self.nats -= chunk.logp.double().sum()
+        self.totals[0] -= chunk.logp.double().sum()
+        self.totals[1] += len(chunk.logp)
 
     def close(self) -> Score:
         """Return the account over all ranks; raises DataError unless every target was priced exactly once."""
-        nats = float(self.process.sum(self.nats))
+        nats, prices = self.process.sum(self.totals).tolist()
         times_priced = self.process.sum(self.times_priced)
-        wrong = int((times_priced != 1).sum())
-        if wrong:
-            total = len(times_priced)
-            raise DataError(f"{wrong} of {total} targets were not priced exactly once; mend the window plan")
+        total, wrong = len(times_priced), int((times_priced != 1).sum())
+        # A counter wraps at 256 repeats; the number of prices does not.
+        if wrong or prices != total:
+            raise DataError(
+                f"{wrong or 'some'} of {total} targets were not priced exactly once; mend the plan"
+            )
         if not math.isfinite(nats):
             raise NonFiniteError(f"the score is {nats} nats; the artifact's weights are unusable, train anew")
         if self.bytes == 0:
             raise DataError("the validation targets have no bytes; set TOKENIZER_PATH to the shards' own")
-        tokens = len(times_priced)
-        return Score(nats / tokens, nats / math.log(2) / self.bytes, tokens, self.bytes)
+        return Score(nats / total, nats / math.log(2) / self.bytes, total, self.bytes)
 
 
 def score(logits, dataset: Dataset, settings: Settings, stride: int, process: Process, label: str) -> Score:
@@ -1682,11 +1684,12 @@ def choose_compile(settings: Settings, process: Process) -> bool:
     return settings.compile == "1"
 
 
-def run(settings: Settings, process: Process, run_dir: Path, log: Log) -> dict[str, object]:
-    """Do the whole run; return all final numbers. Raises RunError."""
+def run(
+    settings: Settings, process: Process, run_dir: Path, log: Log, artifact: Artifact | None
+) -> dict[str, object]:
+    """Do the whole run, or score `artifact` if there is one; return all final numbers. Raises RunError."""
     script_sha256 = log_start(settings, process, log)
     path = Path(settings.eval_only) if settings.eval_only else run_dir / "artifact.bin"
-    artifact = read_artifact(path) if settings.eval_only else None
     dataset = load_dataset(settings, artifact.tokenizer if artifact else None)
     log_data(settings, dataset, log)
     select_attention(settings, process, log)
@@ -1739,7 +1742,7 @@ def failure_of(error: BaseException) -> tuple[int, str]:
     return 1, repr(error)
 
 
-def run_and_record(settings: Settings, process: Process, notes: list[str]) -> int:
+def run_and_record(settings: Settings, process: Process, notes: list[str], artifact: Artifact | None) -> int:
     """Run, write result.json whatever happens, and return the exit code."""
     started = time.strftime("%Y%m%d-%H%M%S")
     run_id = process.share(settings.run_id or f"{settings.recipe}-seed{settings.seed}-{started}")
@@ -1754,7 +1757,7 @@ def run_and_record(settings: Settings, process: Process, notes: list[str]) -> in
     record: dict[str, object] = {"exit_code": 0, "run_id": run_id, "recipe": settings.recipe}
     record |= {"seed": settings.seed, "world_size": process.world_size, "settings": settings.changed()}
     try:
-        record |= run(settings, process, run_dir, log)
+        record |= run(settings, process, run_dir, log, artifact)
         total, limit = record["total_bytes"], settings.artifact_limit_bytes
         if total > limit:
             raise SizeError(
@@ -1778,10 +1781,10 @@ def main(environment: Mapping[str, str]) -> int:
         mapping["RECIPE"] = "cpu"
         notes.append("RECIPE is not set and there is no CUDA device: RECIPE=cpu")
     try:
-        stored = read_artifact(Path(mapping["EVAL_ONLY"])).settings if mapping.get("EVAL_ONLY") else None
-        settings = Settings.from_env(mapping, stored)
+        artifact = read_artifact(Path(mapping["EVAL_ONLY"])) if mapping.get("EVAL_ONLY") else None
+        settings = Settings.from_env(mapping, artifact.settings if artifact else None)
         with open_process(mapping, settings) as process:
-            code = run_and_record(settings, process, notes)
+            code = run_and_record(settings, process, notes, artifact)
     except (RunError, OSError, KeyboardInterrupt) as error:
         code, message = failure_of(error)
         if mapping.get("RANK", "0") == "0":

@@ -233,8 +233,10 @@ def up_to_date(folder: Path, digest: str) -> bool:
 
 def build(arguments: argparse.Namespace) -> str:
     """Make the dataset; return the line to print."""
-    found = [(path, False) for path in standard_library()]
-    files = list_files(arguments.inputs) if arguments.inputs else found
+    if arguments.inputs:
+        files = list_files(arguments.inputs)
+    else:
+        files = [(path, False) for path in standard_library()]
     folder: Path = arguments.output
     digest = fingerprint(files, arguments)
     if up_to_date(folder, digest):

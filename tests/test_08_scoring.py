@@ -176,6 +176,14 @@ def test_ledger_counts_a_repeat_inside_one_chunk(process):
         ledger.close()
 
 
+def test_ledger_is_not_fooled_by_a_counter_that_wraps(process):
+    """257 prices of one target look like one to a counter of 8 bits."""
+    ledger = Ledger(np.ones(2), process)
+    ledger.add(chunk_of([0] * 257 + [1], [-0.001] * 258))
+    with pytest.raises(DataError, match="some of 2 targets were not priced exactly once"):
+        ledger.close()
+
+
 def test_a_plan_that_skips_or_repeats_is_caught(process, monkeypatch):
     """The two faults of public evaluators: a first window partly unscored, a last window scored again."""
     model, tokens = make_model(), np.arange(50, dtype=np.uint16)

@@ -4,7 +4,7 @@ One file, read from top to bottom; every section uses only what stands above it.
 
     environment -> Settings -> shards -> GPT.logits -> Optimizers -> Ema -> artifact.bin --(disk)--> GPT
                                                                                                       |
-                          result.json <- Ledger (nats, tokens, bytes) <- ScoredChunk <----------------+
+             result.json <- Ledger (nats, tokens, bytes) <- mix(Recall) <- ScoredChunk <--------------+
 
     section                        comes in                  goes out
     1  SETTINGS                    environment mapping       Settings, frozen and checked
@@ -14,8 +14,10 @@ One file, read from top to bottom; every section uses only what stands above it.
     5  OPTIMIZER                   gradients                 weights one step on
     6  AVERAGING                   weights of every step     averaged weights
     7  QUANTIZATION AND ARTIFACT   weights                   one file, and weights back from it
-    8  NEURAL SCORING              model, tokens             ScoredChunk stream, Ledger -> val_bpb
-    9  RUN                         all of the above          run folder, exit code
+    8  NEURAL SCORING              model, tokens             ScoredChunk stream, Ledger -> bits per byte
+    9  EXACT COUNTS                tokens                    Recall: what was seen before each target
+    10 MIXTURE                     ScoredChunks, Recall      prices of the mixture -> val_bpb
+    11 RUN                         all of the above          run folder, exit code
 
 Launch:
 
@@ -51,8 +53,9 @@ import shutil
 import signal
 import struct
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -238,6 +241,22 @@ class Settings:
     embed_bits: int = setting(8, "bits of quantized embedding and output matrix", choices=(5, 6, 8))
     eval_seq_len: int = setting(0, "tokens of a scoring window; 0: TRAIN_SEQ_LEN", 0, 2**17, stored="scoring")
     eval_stride: int = setting(64, "targets priced by each window but the first", 1, 2**17, stored="scoring")
+
+    # exact n-gram cache
+    ngram_cache: str = setting(
+        "exact", "cache that the final score mixes in", choices=("exact", "none"), stored="scoring"
+    )
+    cache_max_order: int = setting(16, "longest n-gram of the cache", 2, 64, stored="scoring")
+    cache_document_order: int = setting(
+        4, "longest n-gram counted inside the document too; 0: none", 0, 64, stored="scoring"
+    )
+    cache_words: bool = setting(True, "count after words too", stored="scoring")
+    cache_chunk_tokens: int = setting(
+        512, "targets priced between updates of the gate", 1, 2**20, stored="scoring"
+    )
+    cache_hidden: int = setting(32, "hidden units of the gate", 1, 4_096, stored="scoring")
+    cache_steps: int = setting(2, "Adam steps on each priced chunk", 1, 100, stored="scoring")
+    cache_lr: float = setting(0.004, "Adam, gate; 0: the gate stays closed", 0.0, 1.0, stored="scoring")
 
     @classmethod
     def from_env(cls, mapping: Mapping[str, str], stored: Mapping[str, object] | None = None) -> Settings:
@@ -434,8 +453,9 @@ class Log:
             self.files[0].write(text + "\n")
 
     def event(self, event: str, line: str, **values: object) -> None:
-        """Write `line` for people and {"event": event, **values} for programs."""
-        self.line(line)
+        """Write `line`, if any, for people and {"event": event, **values} for programs."""
+        if line:
+            self.line(line)
         if self.files:
             self.files[1].write(json.dumps({"event": event, **values}) + "\n")
 
@@ -1387,22 +1407,32 @@ def plan_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
 
 
 class ScoredChunk(NamedTuple):
-    """Some targets and their price: all (n,), on the device; target i of the stream is tokens[i + 1]."""
+    """Some targets and their price, on the device, (n,) each; target i of the stream is tokens[i + 1]."""
 
     positions: Tensor  # int64, which targets
     targets: Tensor  # int64, their token ids
     logp: Tensor  # float32, log-probability of the target in nats
     entropy: Tensor  # float32, entropy of the whole distribution in nats
+    proposed: Tensor  # (K, n) float32, log-probabilities of the cache's proposals, 0 where there is none
 
 
 def score_stream(
-    logits, tokens: np.ndarray, seq_len: int, stride: int, batch: int, process: Process, label: str
+    logits,
+    tokens: np.ndarray,
+    seq_len: int,
+    stride: int,
+    batch: int,
+    process: Process,
+    label: str,
+    proposals: Tensor | None = None,
 ) -> Iterator[ScoredChunk]:
     """Yield this rank's share of all targets of `tokens` (N + 1,), `batch` windows at a time.
 
     `logits(ids, last)` is GPT.logits or its compiled twin. Every pass has one of two shapes: opening windows
     hand out all positions, later ones the last `stride`; short batches are padded with unread windows.
+    `proposals` (K, N) are token ids to price as well, ids out of the vocabulary stand for none.
     """
+    proposals = torch.empty((0, len(tokens) - 1), device=process.device) if proposals is None else proposals
     plan = plan_windows(len(tokens) - 1, seq_len, stride)[process.rank :: process.world_size]
     opens = (plan[:, 1] == 0) | (stride == seq_len)
     with process.progress(len(plan), label) as bar:
@@ -1415,15 +1445,19 @@ def score_stream(
                 ids = np.concatenate((ids, np.zeros((rows - len(ids), seq_len), np.int32)))
                 kept = inputs[:, seq_len - last :]
                 wanted = np.flatnonzero((kept >= first) & (kept < stop))
-                positions = kept.reshape(-1)[wanted]
-                targets = torch.from_numpy(tokens[positions + 1].astype(np.int64)).to(process.device)
+                places = kept.reshape(-1)[wanted]
+                targets = torch.from_numpy(tokens[places + 1].astype(np.int64)).to(process.device)
+                positions = torch.from_numpy(places).to(process.device)
                 with torch.inference_mode(), process.precision():
                     scores = logits(torch.from_numpy(ids).to(process.device).long(), last).flatten(0, 1)
                     scores = scores.index_select(0, torch.from_numpy(wanted).to(process.device))
                     logp = scores.log_softmax(dim=-1)
                     entropy = -(logp.exp() * logp).sum(dim=-1)
                     chosen = logp.gather(1, targets[:, None])[:, 0]
-                yield ScoredChunk(torch.from_numpy(positions).to(process.device), targets, chosen, entropy)
+                    asked = proposals.index_select(1, positions).long()
+                    known = asked < logp.shape[1]
+                    proposed = logp.gather(1, asked.where(known, 0).t()).t() * known
+                yield ScoredChunk(positions, targets, chosen, entropy, proposed)
                 bar.update(len(windows[begin : begin + rows]))
 
 
@@ -1469,17 +1503,541 @@ class Ledger:
         return Score(nats / total, nats / math.log(2) / self.bytes, total, self.bytes)
 
 
-def score(logits, dataset: Dataset, settings: Settings, stride: int, process: Process, label: str) -> Score:
-    """Score the validation stream with windows that advance by `stride`."""
+def account(chunks: Iterable[ScoredChunk], dataset: Dataset, process: Process) -> Score:
+    """Return the account of the validation stream, whose targets the ranks' chunks price exactly once."""
     ledger = Ledger(dataset.target_bytes, process)
-    batch = settings.val_batch_size // settings.micro_batch_slots // settings.window
-    for chunk in score_stream(logits, dataset.val_tokens, settings.window, stride, batch, process, label):
+    for chunk in chunks:
         ledger.add(chunk)
     return ledger.close()
 
 
+def score_validation(
+    logits,
+    dataset: Dataset,
+    settings: Settings,
+    stride: int,
+    process: Process,
+    label: str,
+    proposals: Tensor | None = None,
+) -> Iterator[ScoredChunk]:
+    """Yield this rank's share of the validation stream, scored with windows that advance by `stride`."""
+    batch = settings.val_batch_size // settings.micro_batch_slots // settings.window
+    tokens, window = dataset.val_tokens, settings.window
+    return score_stream(logits, tokens, window, stride, batch, process, label, proposals)
+
+
 # ============================================================================================================
-# 9 RUN. In: the environment. Out: a run folder (run.log, metrics.jsonl, result.json, artifact.bin), one
+# 9 EXACT COUNTS. In: the token stream. Out: for every target and every context family (orders, the same
+# inside the document, words) how often context and target occurred before, as numbers small enough to keep
+# for a whole split. Counting is sorting: no hash, no collision, and a place sees every place before it and
+# nothing else. Equal contexts stand side by side, in order of time; a count is a rank in that line.
+# ============================================================================================================
+
+PART_OF_SORT = 65_536  # elements from which a sort is worth a second thread
+ORDER_LADDER = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)  # orders that price; the chain counts all
+WORD_TOKENS = 8  # a word is known by its last tokens, so many at most
+CODE_ONE = 48  # a feature of 1.0 as a small whole number
+CODE_LOG = 12  # log(1 + count) = 1 likewise, so that any count fits 8 bits
+PROPOSERS = ("order2", "order3", "order4", "order6", "document2")  # families whose last token is a proposal
+
+
+class Counts(NamedTuple):
+    """What one order knows; all (N,) int32; entry i is for target tokens[i + 1]."""
+
+    full: Tensor  # earlier occurrences of context and target together
+    context: Tensor  # earlier occurrences of the context
+    distinct: Tensor  # different tokens seen after the context
+    last: Tensor  # the token after the context's last occurrence, -1 if there is none
+
+
+class Evidence(NamedTuple):
+    """Counts of one family and what else its line of equal contexts shows; all (N,) int32."""
+
+    full: Tensor
+    context: Tensor
+    distinct: Tensor
+    last: Tensor
+    hits: Tensor  # how often the context's last continuation came again
+    age: Tensor  # tokens since the context's last occurrence, 0 if there is none
+
+
+class Line(NamedTuple):
+    """Targets side by side with others of the same context, earlier ones first; (n,) each."""
+
+    target: Tensor  # int64, which target
+    first: Tensor  # bool, the first of its context
+
+
+def line_up(group: Tensor, target: Tensor, cut: int = 0) -> Line:
+    """Return `target` sorted by (group, target); within a group it must be ascending already.
+
+    `cut`: all groups before that place are below all groups behind it; the two parts are sorted side by side.
+    On a CPU group and target share a 64-bit word where they fit, numpy's fastest sort; else in two steps.
+    """
+    bits = int(target.max() if len(target) else 0).bit_length() if group.device.type == "cpu" else 63
+    if bits < 63 and (len(group) == 0 or int(group.max()) < 2 ** (63 - bits)):
+        word = (group << bits | target).numpy()
+        parts = (word[:cut], word[cut:]) if len(word) > PART_OF_SORT else (word[:0], word)
+        helper = threading.Thread(target=parts[0].sort)
+        helper.start()
+        parts[1].sort()
+        helper.join()
+        group, target = torch.from_numpy(word >> bits), torch.from_numpy(word & (2**bits - 1))
+    else:
+        group, order = torch.sort(group, stable=True)
+        target = target.index_select(0, order)
+    first = torch.ones_like(group, dtype=torch.bool)
+    torch.ne(group[1:], group[:-1], out=first[1:])
+    return Line(target, first)
+
+
+def group_starts(first: Tensor) -> Tensor:
+    """Return for every place of a line the place where its group starts, (n,) int64."""
+    place = torch.arange(len(first), device=first.device)
+    return place.where(first, 0).cummax(0).values if len(first) else place
+
+
+def recurring(line: Line, total: int) -> Line:
+    """Return the line without targets from `total` on and without contexts that occur only once."""
+    alone = line.first & torch.cat((line.first[1:], line.first.new_ones(1)))
+    kept = ~alone & (line.target < total)
+    return Line(line.target[kept], line.first[kept])
+
+
+def extend(line: Line, tokens: Tensor, vocab_size: int) -> Line:
+    """Return the line of (context, target) pairs: what a context plus its target is the context of next."""
+    cut = len(line.first) // 2
+    cut += int(line.first[cut:].int().argmax()) if cut else 0
+    group = (line.first.cumsum(0) - 1) * vocab_size + tokens.index_select(0, line.target + 1)
+    return line_up(group, line.target, cut)
+
+
+def within(line: Line, segment: Tensor) -> Line:
+    """Return the line with contexts restricted to their own segment; `segment` (N,) never falls."""
+    segments = segment.index_select(0, line.target)
+    first = line.first.clone()
+    first[1:] |= segments[1:] != segments[:-1]
+    return Line(line.target, first)
+
+
+def count(line: Line, extended: Line, tokens: Tensor) -> Evidence:
+    """Return the evidence of one family from its line and the line of its (context, target) pairs."""
+    target, start = line.target, group_starts(line.first)
+    place = torch.arange(len(target), device=target.device)
+    seen = place - start
+    blank = torch.zeros(max(len(tokens) - 1, 0), dtype=torch.int32, device=target.device)
+
+    def spread(values: Tensor, where: Tensor = target) -> Tensor:
+        return blank.clone().index_copy_(0, where, values.int())
+
+    def earlier(flags: Tensor) -> Tensor:
+        before = flags.cumsum(0) - flags.long()
+        return spread(before - before.index_select(0, start))
+
+    full = spread(place - group_starts(extended.first), extended.target)
+    token = tokens.index_select(0, target + 1)
+    before, known = token.roll(1), seen > 0
+    last = torch.full_like(blank, -1).index_copy_(0, target, torch.where(known, before, -1).int())
+    age = spread((target - target.roll(1)) * known)
+    new = full.index_select(0, target) == 0
+    return Evidence(full, spread(seen), earlier(new), last, earlier((token == before) & known), age)
+
+
+def count_lines(tokens: Tensor, top: int, vocab_size: int) -> Iterator[tuple[int, Line, Line]]:
+    """Yield (order, line, extended line) for the orders 2 ... top of `tokens` (N + 1,), shortest first.
+
+    The line of order n holds the contexts of n - 1 tokens; sorted by the token that follows it becomes that
+    of order n + 1. Contexts that occur once have no evidence and leave: long orders cost next to nothing.
+    """
+    tokens = tokens.long()
+    total = max(len(tokens) - 1, 0)
+    extended = line_up(tokens, torch.arange(len(tokens), device=tokens.device))
+    for order in range(2, top + 1):
+        line = recurring(Line(extended.target + (order > 2), extended.first), total)
+        extended = extend(line, tokens, vocab_size)
+        yield order, line, extended
+
+
+def count_orders(tokens: Tensor, orders, vocab_size: int) -> Iterator[tuple[int, Counts]]:
+    """Yield (order, Counts) for each of `orders`, from 2 up, in one pass; see exact_counts."""
+    wanted = set(orders)
+    if wanted and min(wanted) < 2:
+        raise SettingError(f"orders={sorted(wanted)} must be 2 at least; a context has one token or more")
+    for order, line, extended in count_lines(tokens, max(wanted, default=0), vocab_size):
+        if order in wanted:
+            yield order, Counts(*count(line, extended, tokens.long())[:4])
+
+
+def exact_counts(tokens: Tensor, order: int, vocab_size: int) -> Counts:
+    """Return the exact counts of one order: `tokens` (N + 1,) int32 or int64, each (N,) on their device.
+
+    The context of target tokens[i + 1] is the order - 1 tokens before it. Where it is incomplete or was never
+    seen: 0, 0, 0, -1. Contexts run across document markers. Raises SettingError for an order below 2.
+    """
+    return next(counts for _, counts in count_orders(tokens, [order], vocab_size))
+
+
+class WordMap(NamedTuple):
+    """Words of a stream: all (N,), entry i for the token tokens[i]."""
+
+    start: Tensor  # int64, where the word of the token starts
+    depth: Tensor  # int64, tokens of the word so far, WORD_TOKENS at most
+    number: Tensor  # int64, equal for equal last `depth` tokens, -1 for what occurs once
+
+
+def map_words(tokens: Tensor, starts_word: Tensor) -> WordMap:
+    """Return the words of `tokens` (N + 1,), unnumbered; `starts_word` (V,): the tokens that open one."""
+    place = torch.arange(len(tokens) - 1, device=tokens.device)
+    start = place.where(starts_word.index_select(0, tokens[:-1]), 0).cummax(0).values
+    depth = (place - start + 1).clamp(max=WORD_TOKENS)
+    return WordMap(start, depth, torch.where(depth == 1, tokens[:-1], -1))
+
+
+def word_line(words: WordMap, back: int) -> Line:
+    """Return the line of contexts (word so far, the `back`-th word before it)."""
+    before = words.start
+    for _ in range(back - 1):
+        before = words.start.index_select(0, (before - 1).clamp(min=0)).where(before > 0, 0)
+    earlier = words.number.index_select(0, (before - 1).clamp(min=0))
+    kept = ((words.number >= 0) & (earlier >= 0) & (before > 0)).nonzero()[:, 0]
+    bound = int(words.number.max()) + 1
+    group = words.number.index_select(0, kept) * bound + earlier.index_select(0, kept)
+    return recurring(line_up(group, kept), len(words.number))
+
+
+def count_families(
+    tokens: Tensor, settings: Settings, starts_word: Tensor | None
+) -> Iterator[tuple[str, Evidence]]:
+    """Yield (name, Evidence) for every context family: what can be told from `tokens` (N + 1,) int64.
+
+    order<n>: the n - 1 tokens before the target; document<n>: the same inside its document; word<n>: the word
+    so far and the n-th word before it, if `starts_word` (V,) is known.
+    """
+    total, top = max(len(tokens) - 1, 0), settings.cache_max_order
+    document = (tokens[:total] == MARKER_ID).cumsum(0)
+    with_words = settings.cache_words and starts_word is not None and total
+    words = map_words(tokens, starts_word) if with_words else None
+    for order, line, extended in count_lines(tokens, top, settings.vocab_size):
+        if order in ORDER_LADDER:
+            yield f"order{order}", count(line, extended, tokens)
+        if order <= settings.cache_document_order:
+            yield f"document{order}", count(within(line, document), within(extended, document), tokens)
+        if words and order <= WORD_TOKENS:
+            end = extended.target + 1
+            number = extended.first.cumsum(0) + order * (total + settings.vocab_size)
+            same = (end < total) & (words.depth.index_select(0, end.clamp(max=total - 1)) == order)
+            words.number[end[same]] = number[same]
+    for back in (1, 2) if words else ():
+        line = word_line(words, back)
+        yield f"word{back}", count(line, extend(line, tokens, settings.vocab_size), tokens)
+
+
+class Recall(NamedTuple):
+    """All that the mixture needs of the counts of a stream of N targets, in few bytes per target."""
+
+    names: list[str]  # context families
+    codes: list[Tensor]  # per family (6, N) uint8: what a weight may know, in units of 1 / CODE_ONE
+    share: list[Tensor]  # per family (N,) float32: full / context, a price
+    right: list[Tensor]  # per family (N,) bool: the target is the last continuation, a price
+    proposals: Tensor  # (K, N) int32: tokens that the cache expects, vocab_size where it expects none
+
+
+def encode(evidence: Evidence, neighbour: Tensor, log_code: Tensor) -> Tensor:
+    """Return the codes of a family, (6, N) uint8; each is known before the target is.
+
+    Logarithms of count, distinct continuations and age; seen once; how often the last continuation was right;
+    whether it is the `neighbour`'s too. `log_code` (N + 1,) uint8 is the table of logarithms.
+    """
+    seen, known = evidence.context, evidence.context > 0
+    logs = [log_code.index_select(0, number) for number in (seen, evidence.distinct, evidence.age)]
+    hits = (CODE_ONE * evidence.hits.long() + seen // 2) // seen.clamp(min=1)
+    flags = (CODE_ONE * (seen == 1), hits, CODE_ONE * (known & (evidence.last == neighbour)))
+    return torch.stack(logs + [flag.to(torch.uint8) for flag in flags])
+
+
+def recall(tokens: Tensor, settings: Settings, starts_word: Tensor | None) -> Recall:
+    """Count all families of `tokens` (N + 1,) and keep what the mixture needs."""
+    tokens = tokens.long()
+    total = max(len(tokens) - 1, 0)
+    numbers = torch.arange(total + 1, dtype=torch.float64, device=tokens.device)
+    log_code = (CODE_LOG * numbers.log1p()).round().to(torch.uint8)
+    names, codes, share, right, proposals = [], [], [], [], []
+    longest = torch.full((total,), settings.vocab_size, dtype=torch.int32, device=tokens.device)
+    neighbour = torch.full_like(longest, -1)
+    for name, evidence in count_families(tokens, settings, starts_word):
+        known = evidence.context > 0
+        names.append(name)
+        codes.append(encode(evidence, neighbour, log_code))
+        share.append(evidence.full / evidence.context.clamp(min=1))
+        right.append(evidence.last == tokens[1:])
+        neighbour = evidence.last
+        if name in PROPOSERS:
+            proposals.append(torch.where(known, evidence.last, settings.vocab_size))
+        if name.startswith("order"):
+            longest = torch.where(known, evidence.last, longest)
+    return Recall(names, codes, share, right, torch.stack([longest, *proposals]))
+
+
+# ============================================================================================================
+# 10 MIXTURE. In: prices and entropies of the neural model, `Recall`. Out: prices of the mixture. Every expert
+# is a distribution; weights come from a small network that sees what was known before the target was, and
+# learns from a chunk of targets once it is priced. So the price of the target alone is a normalised
+# probability: weights do not depend on the target, and counts over all targets add up to the context's.
+# ============================================================================================================
+
+FIRST_CHUNK = 64  # chunks grow to CACHE_CHUNK_TOKENS: early prices learn from few targets
+NEURAL_BIAS = 4.0  # initial logit of the neural model against 0 for each expert with evidence
+EMBED_ROWS = 4_096  # rows of the gate's token tables; token ids wrap around
+RECENT = 16  # targets whose mean price the gate knows
+CURVE_POINTS = 64  # points of the curve of bits per byte against tokens seen
+
+
+class Chunk(NamedTuple):
+    """Some targets as the gate sees them: features, then the prices that it may only use afterwards."""
+
+    features: Tensor  # (features, n) float32
+    rows: Tensor  # (2, n) int64: newest token and the longest context's proposal, for the token tables
+    masked: Tensor  # (experts, n) bool: no evidence
+    prices: (
+        Tensor  # (experts, n) float32: probability of the target under each expert, the neural model first
+    )
+
+
+class Gate:
+    """Weights of the experts: softmax of one hidden layer over features, learned from priced chunks."""
+
+    def __init__(self, features: int, experts: int, settings: Settings, device: torch.device) -> None:
+        hidden, rows = settings.cache_hidden, min(settings.vocab_size + 1, EMBED_ROWS)
+        shapes = [(hidden, features), (experts, hidden), (experts, 1), (hidden, rows), (hidden, rows)]
+        sizes = [first * second for first, second in shapes]
+        self.steps, self.rate, self.updates = settings.cache_steps, settings.cache_lr, 0
+        self.flat, self.gradient, self.moment1, self.moment2 = torch.zeros(4, sum(sizes), device=device)
+        views = [part.split(sizes) for part in (self.flat, self.gradient)]
+        self.weights, self.gradients = (
+            [part.view(shape) for part, shape in zip(parts, shapes, strict=True)] for parts in views
+        )
+        noise = torch.randn(shapes[0], generator=torch.Generator().manual_seed(0))
+        self.weights[0].copy_(noise / math.sqrt(features))
+        self.weights[2][0] = NEURAL_BIAS
+
+    def forward(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Return the hidden layer (hidden, n) and the experts' weights (experts, n); no price is read."""
+        into, out, bias, *tables = self.weights
+        hidden = into @ chunk.features
+        for table, rows in zip(tables, chunk.rows, strict=True):
+            hidden += table.index_select(1, rows)
+        hidden.clamp_(min=0)
+        logits = torch.addmm(bias, out, hidden)
+        return hidden, logits.masked_fill_(chunk.masked, -math.inf).softmax(dim=0)
+
+    def learn(self, chunk: Chunk, forward: tuple[Tensor, Tensor]) -> None:
+        """Take CACHE_STEPS steps of Adam on the mean price of a chunk; `forward` is its forward pass.
+
+        The gradient of -log sum(w p) by the logits is w minus the experts' posterior w p / sum(w p).
+        """
+        for step in range(self.steps):
+            hidden, weights = self.forward(chunk) if step else forward
+            joint = weights * chunk.prices
+            delta = weights.sub_(joint.div_(joint.sum(dim=0))).div_(joint.shape[1])
+            into, out, bias, *tables = self.gradients
+            back = (self.weights[1].t() @ delta).mul_(hidden > 0)
+            torch.mm(back, chunk.features.t(), out=into)
+            torch.mm(delta, hidden.t(), out=out)
+            torch.sum(delta, dim=1, keepdim=True, out=bias)
+            for table, rows in zip(tables, chunk.rows, strict=True):
+                table.zero_().index_add_(1, rows, back)
+            self.adam()
+
+    def adam(self) -> None:
+        """Take one step of Adam (Kingma and Ba 2015) with moments 0.9 and 0.99."""
+        self.updates += 1
+        self.moment1.lerp_(self.gradient, 0.1)
+        self.moment2.mul_(0.99).addcmul_(self.gradient, self.gradient, value=0.01)
+        rate = self.rate / (1 - 0.9**self.updates)
+        spread = (self.moment2 / (1 - 0.99**self.updates)).sqrt_().add_(1e-8)
+        self.flat.addcdiv_(self.moment1, spread, value=-rate)
+
+
+def plan_chunks(total: int, most: int) -> Iterator[tuple[int, int]]:
+    """Yield (begin, end) of the chunks of `total` targets: a quarter of what is known, `most` at most.
+
+    In a long stream a chunk is a 4,096th of what is known: the gate has settled, updates get rare.
+    """
+    begin = 0
+    while begin < total:
+        length = max(FIRST_CHUNK, min(most, begin // 4), begin // 4_096)
+        yield begin, min(begin + length, total)
+        begin += length
+
+
+def shared_features(logp: Tensor, entropy: Tensor, proposed: Tensor | None) -> Tensor:
+    """Return the features that no family owns, (features, N) float32.
+
+    One, entropy, prices of earlier targets (`logp` (N,) is seen one target late at least), and `proposed`
+    (K, N), the neural log-probabilities of proposals.
+    """
+    late = [F.pad(logp, (lag, 0))[: len(logp)] / 4 for lag in (1, 2, 3)]
+    sums = F.pad(logp.double().cumsum(0), (RECENT + 1, 0))
+    mean = (sums[RECENT:-1] - sums[: -RECENT - 1]).float() / RECENT
+    rows = [torch.ones_like(entropy), entropy / 4 - 1, torch.exp(-entropy), *late, mean / 2]
+    return torch.stack(rows + list(proposed / 4 if proposed is not None else [])).clamp(min=-6)
+
+
+class Mixture(NamedTuple):
+    """Prices of a stream and what the weights were on average."""
+
+    logp: Tensor  # (N,) float32, nats
+    weights: dict[str, float]  # mean weight of the neural model and of each family
+
+
+def mix(
+    tokens: Tensor,
+    known: Recall,
+    logp: Tensor,
+    entropy: Tensor,
+    proposed: Tensor | None,
+    settings: Settings,
+) -> Mixture:
+    """Price all targets of `tokens` (N + 1,) left to right; price a chunk, then learn from it.
+
+    `logp`, `entropy` (N,) float32 of the neural model; `proposed` (K, N) its log-probabilities at
+    known.proposals, if at hand.
+    """
+    shared, total, families = shared_features(logp, entropy, proposed), len(logp), len(known.names)
+    vocab_rows = min(settings.vocab_size + 1, EMBED_ROWS)
+    gate = Gate(6 * families + len(shared), 1 + 2 * families, settings, logp.device)
+    usage = torch.zeros(1 + 2 * families, device=logp.device)
+    gated = torch.empty(total, dtype=torch.float64, device=logp.device)
+    neural = logp.exp()
+    for begin, end in plan_chunks(total, settings.cache_chunk_tokens):
+        part = slice(begin, end)
+        codes = torch.cat([code[:, part] for code in known.codes])
+        masked = (codes[::6] == 0).repeat(2, 1)
+        if settings.cache_lr == 0:
+            masked.fill_(True)
+        prices = torch.stack([neural[part]] + [x[part].float() for x in known.share + known.right])
+        features = torch.cat([codes.float() / CODE_ONE, shared[:, part]])
+        rows = torch.stack([tokens[part], known.proposals[0, part]]).long() % vocab_rows
+        chunk = Chunk(features, rows, F.pad(masked, (0, 0, 1, 0)), prices)
+        forward = gate.forward(chunk)
+        usage += forward[1].sum(dim=1)
+        weights = forward[1].double()
+        cache = (weights[1:] * prices[1:]).sum(dim=0).log()
+        gated[part] = torch.logaddexp(weights[0].log() + logp[part], cache)
+        if settings.cache_lr:
+            gate.learn(chunk, forward)
+    usage = (usage / max(total, 1)).tolist()
+    pairs = zip(known.names, usage[1 : 1 + families], usage[1 + families :], strict=True)
+    return Mixture(never_worse(logp, gated), {"neural": usage[0], **{name: a + b for name, a, b in pairs}})
+
+
+def never_worse(logp: Tensor, gated: Tensor) -> Tensor:
+    """Return the prices (N,) float32 of the Bayesian mixture of the neural model and the gated mixture.
+
+    Prior one half each, posterior from the targets before, in float64: over any stream the price is at most
+    log 2, one bit, above the neural model's.
+    """
+    neural = logp.double()
+    lead = (gated - neural).cumsum(0) - (gated - neural)  # of the gate, over all targets before
+    best = torch.maximum(neural, gated)
+    both = torch.sigmoid(-lead) * (neural - best).exp() + torch.sigmoid(lead) * (gated - best).exp()
+    return (best + both.log()).float()
+
+
+def word_starts(tokenizer: Tokenizer) -> Tensor:
+    """Return which tokens open a word, (V,) bool: those whose first byte is not part of one."""
+    opens = [not piece[:1].isalnum() and piece[:1] < b"\x80" for piece in tokenizer.pieces]
+    return torch.tensor(opens)
+
+
+def mix_stream(tokens: Tensor, logp: Tensor, entropy: Tensor, settings: Settings) -> Tensor:
+    """Return the log-probabilities (N,) float32 of targets 1 ... N under the mixture, in nats.
+
+    `tokens` (N + 1,) integers, `logp` and `entropy` (N,) float32: a recorded neural stream. Words come from
+    settings.tokenizer_path, if there is such a file with VOCAB_SIZE tokens.
+    """
+    path, starts = Path(settings.tokenizer_path), None
+    if path.is_file():
+        starts = word_starts(Tokenizer.load(path))
+    if starts is not None and len(starts) != settings.vocab_size:
+        raise SettingError(f"VOCAB_SIZE={settings.vocab_size}: {path} has {len(starts)} tokens; change one")
+    known = recall(tokens, settings, starts.to(tokens.device) if starts is not None else None)
+    return mix(tokens, known, logp, entropy, None, settings).logp
+
+
+def hand_over(chunks: list[ScoredChunk], total: int, rows: int, process: Process) -> Tensor:
+    """Return what all ranks scored, by position: (2 + rows, total) float32: logp, entropy, proposed."""
+    table = torch.zeros((2 + rows, total), device=process.device)
+    for chunk in chunks:
+        values = torch.cat((chunk.logp[None], chunk.entropy[None], chunk.proposed)).float()
+        table.index_copy_(1, chunk.positions, values)
+    return process.sum(table)  # each position comes from one rank, zeros from the others
+
+
+def gain_interval(saved: np.ndarray, target_bytes: np.ndarray, document: np.ndarray) -> list[float]:
+    """Return the 95 % bootstrap interval over documents of bits saved per byte; all (N,) per target."""
+    bits, size = (np.bincount(document, values) for values in (saved, target_bytes))
+    random, drawn = np.random.default_rng(0), []
+    for _ in range(1_000):
+        picked = random.integers(len(bits), size=len(bits))
+        drawn.append(bits[picked].sum() / max(size[picked].sum(), 1.0))
+    return np.quantile(drawn, (0.025, 0.975)).tolist()
+
+
+def log_cache(neural: Tensor, mixture: Mixture, dataset: Dataset, log: Log) -> dict[str, object]:
+    """Log what the cache gained over the neural prices (N,): by document, by family, along the stream."""
+    bits = [-prices.double().cpu().numpy() / math.log(2) for prices in (neural, mixture.logp)]
+    size = dataset.target_bytes.astype(np.float64)
+    document = np.cumsum(dataset.val_tokens[:-1] == MARKER_ID)
+    bpb = [float(values.sum() / size.sum()) for values in bits]
+    numbers = {"neural_bpb": bpb[0], "cache_gain_bpb": bpb[0] - bpb[1], "cache_weights": mixture.weights}
+    numbers["cache_gain_interval"] = gain_interval(bits[0] - bits[1], size, document)
+    low, high = numbers["cache_gain_interval"]
+    gain = (
+        f"neural_bpb:{bpb[0]:.6f} cache_bpb:{bpb[1]:.6f} gain:{bpb[0] - bpb[1]:.6f} ({low:.4f} to {high:.4f})"
+    )
+    weights = " ".join(f"{name}:{weight:.3f}" for name, weight in mixture.weights.items())
+    log.event("cache", f"ngram_cache: {gain} mean weights: {weights}", **numbers)
+    sums = [np.cumsum(values) for values in (*bits, size)]
+    for end in np.linspace(0, len(size), CURVE_POINTS + 1).astype(int)[1:] - 1:
+        seen = {"tokens": int(end) + 1, "bytes": int(sums[2][end])}
+        curve = {
+            name: float(total[end] / max(sums[2][end], 1))
+            for name, total in zip(("neural_bpb", "cache_bpb"), sums, strict=False)
+        }
+        log.event("curve", "", **seen, **curve)
+    return numbers
+
+
+def score_final(
+    logits, dataset: Dataset, settings: Settings, process: Process, log: Log
+) -> dict[str, object]:
+    """Score the validation split with the neural model and, if it is on, the exact cache; return all numbers.
+
+    Counting needs the tokens only and comes first: what it expects next, the model prices as well. Rank 0
+    mixes, so that the score does not depend on the number of ranks.
+    """
+    stride, known, proposals = settings.eval_stride, None, None
+    if settings.ngram_cache == "exact":
+        tokens = torch.from_numpy(dataset.val_tokens.astype(np.int32)).to(process.device)
+        known = recall(tokens, settings, word_starts(dataset.tokenizer).to(process.device))
+        proposals = known.proposals
+    chunks = list(score_validation(logits, dataset, settings, stride, process, "score", proposals))
+    final = account(chunks, dataset, process)
+    if known is None:
+        return final._asdict()
+    logp, entropy, *proposed = hand_over(chunks, len(dataset.target_bytes), len(proposals), process)
+    prices, numbers = torch.zeros_like(logp), {}
+    if process.is_main:
+        mixture = mix(tokens, known, logp, entropy, torch.stack(proposed), settings)
+        prices, numbers = mixture.logp, log_cache(logp, mixture, dataset, log)
+    process.sum(prices)
+    priced = (chunk._replace(logp=prices.index_select(0, chunk.positions)) for chunk in chunks)
+    return {**account(priced, dataset, process)._asdict(), **numbers}
+
+
+# ============================================================================================================
+# 11 RUN. In: the environment. Out: a run folder (run.log, metrics.jsonl, result.json, artifact.bin), one
 # last line, an exit code. The steps hand over small results: train -> weights -> artifact file -> evaluate.
 # What is scored is always the file read back from disk.
 # ============================================================================================================
@@ -1574,7 +2132,8 @@ def train(
         if finished or (settings.val_loss_every and step % settings.val_loss_every == 0):
             clock.stop()
             watch.drain()
-            val = score(logits, dataset, settings, settings.window, process, "validate")
+            chunks = score_validation(logits, dataset, settings, settings.window, process, "validate")
+            val = account(chunks, dataset, process)
             losses = {"val_loss": val.val_loss, "val_bpb": val.val_bpb}
             log.step("validation", step, total, clock.total_ms, **losses)
             if finished:
@@ -1634,17 +2193,19 @@ def evaluate(
     model = GPT(dataclasses.replace(settings, **shape)).to(process.device)
     model.load_state_dict(artifact.weights)
     logits = torch.compile(model.logits, dynamic=False) if compiled else model.logits
-    final = score(logits, dataset, settings, settings.eval_stride, process, "score")
+    final = score_final(logits, dataset, settings, process, log)
     clock.stop()
+    seconds = clock.total_ms / 1000
     log.event(
         "score",
-        f"final_score: window:{settings.window} stride:{settings.eval_stride} tokens:{final.tokens} "
-        f"bytes:{final.bytes} val_loss:{final.val_loss:.8f} val_bpb:{final.val_bpb:.8f} "
+        f"final_score: window:{settings.window} stride:{settings.eval_stride} tokens:{final['tokens']} "
+        f"bytes:{final['bytes']} val_loss:{final['val_loss']:.8f} val_bpb:{final['val_bpb']:.8f} "
         f"eval_time:{clock.total_ms:.0f}ms",
-        **final._asdict(),
+        **final,
+        eval_seconds=seconds,
     )
     reference = {"xz_bpb": xz_bits_per_byte(dataset, log)} if process.is_main else {}
-    return {**final._asdict(), "eval_seconds": clock.total_ms / 1000, **reference}
+    return {**final, "eval_seconds": seconds, **reference}
 
 
 def log_start(settings: Settings, process: Process, log: Log) -> str:

@@ -1939,9 +1939,7 @@ def never_worse(logp: Tensor, gated: Tensor) -> Tensor:
     """
     neural = logp.double()
     lead = (gated - neural).cumsum(0) - (gated - neural)  # of the gate, over all targets before
-    best = torch.maximum(neural, gated)
-    both = torch.sigmoid(-lead) * (neural - best).exp() + torch.sigmoid(lead) * (gated - best).exp()
-    return (best + both.log()).float()
+    return torch.logaddexp(F.logsigmoid(-lead) + neural, F.logsigmoid(lead) + gated).float()
 
 
 def word_starts(tokenizer: Tokenizer) -> Tensor:
@@ -1989,6 +1987,7 @@ def log_cache(neural: Tensor, mixture: Mixture, dataset: Dataset, log: Log) -> d
     bits = [-prices.double().cpu().numpy() / math.log(2) for prices in (neural, mixture.logp)]
     size = dataset.target_bytes.astype(np.float64)
     document = np.cumsum(dataset.val_tokens[:-1] == MARKER_ID)
+    document -= document[:1].sum()  # the first document is number 0, marker or not
     bpb = [float(values.sum() / size.sum()) for values in bits]
     numbers = {"neural_bpb": bpb[0], "cache_gain_bpb": bpb[0] - bpb[1], "cache_weights": mixture.weights}
     numbers["cache_gain_interval"] = gain_interval(bits[0] - bits[1], size, document)

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import numpy as np
+import torch
 
 
 def newton_schulz(matrix, steps):
@@ -85,3 +86,147 @@ def contest_bytes(model, ids):
             piece = piece[1:]
         count += len(piece.encode())
     return count
+
+
+def ngram_counts(tokens, order):
+    """Counts of every target by a dictionary of histories: (full, context, distinct, last) each."""
+    histories, rows = {}, []
+    for place in range(1, len(tokens)):
+        if place < order - 1:
+            rows.append((0, 0, 0, -1))
+            continue
+        history = histories.setdefault(tuple(tokens[place - order + 1 : place]), [])
+        target = tokens[place]
+        rows.append((history.count(target), len(history), len(set(history)), history[-1] if history else -1))
+        history.append(target)
+    return rows
+
+
+class SlowMixture:
+    """The exact cache token by token: dictionaries, whole distributions, autograd, float64 throughout.
+
+    `row()` is the distribution of the next token, given the neural model's row; then `reveal` the token.
+    """
+
+    def __init__(self, vocab_size, starts_word, orders, inside, hidden, steps, rate, chunk):
+        self.vocab_size, self.starts_word = vocab_size, starts_word
+        self.orders, self.inside, self.steps, self.chunk = orders, inside, steps, chunk
+        self.tables, self.tokens, self.document, self.starts = {}, [], 0, []
+        self.families = len(orders) + sum(order <= inside for order in orders) + 2 * bool(starts_word)
+        features = 6 * self.families + 7
+        noise = torch.randn(hidden, features, generator=torch.Generator().manual_seed(0))
+        shapes = [(features, hidden), (vocab_size + 1, hidden), (vocab_size + 1, hidden)]
+        shapes += [(hidden, 1 + 2 * self.families), (1 + 2 * self.families,)]
+        self.parameters = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+        self.parameters[0] = (noise / math.sqrt(features)).double().T.contiguous()
+        self.parameters[-1][0] = 4.0
+        for parameter in self.parameters:
+            parameter.requires_grad_()
+        self.adam = torch.optim.Adam(self.parameters, lr=rate, betas=(0.9, 0.99), eps=1e-8)
+        self.prices, self.lead, self.pending, self.chunk_end = [], 0.0, [], 0
+
+    def contexts(self):
+        """Keys of all families for the next token, None where a context is incomplete."""
+        keys, tokens = [], self.tokens
+        for order in self.orders:
+            context = tuple(tokens[len(tokens) - order + 1 :]) if len(tokens) >= order - 1 else None
+            keys.append(context and ("order", context))
+            if order <= self.inside:
+                first = len(tokens) - order + 1
+                keys.append(context and ("document", self.document, context) if first >= 0 else None)
+        if self.starts_word:
+
+            def word(end):
+                return tuple(tokens[max(self.starts[end], end - 7) : end + 1])
+
+            begin = self.starts[-1]
+            for _ in range(2):
+                known = begin > 0
+                keys.append(("word", len(keys), word(len(tokens) - 1), word(begin - 1)) if known else None)
+                begin = self.starts[begin - 1] if known else 0
+        return keys
+
+    def look_up(self, logp_row, entropy):
+        """Return features, token rows, evidence and distributions of all experts (experts, V)."""
+        features, experts, known, longest, neighbour = [], [], [True], self.vocab_size, -1
+        experts.append(np.exp(np.asarray(logp_row, dtype=np.float64)))
+        counts, points = [], []
+        log = lambda number: round(12 * math.log1p(number)) / 48  # noqa: E731
+        for key in self.contexts():
+            entry = self.tables.get(key)
+            if entry is None:
+                features += [0.0] * 6
+                counts.append(np.zeros(self.vocab_size))
+                points.append(np.zeros(self.vocab_size))
+                neighbour = -1
+                continue
+            history, hits, place = entry
+            count, last = np.bincount(history, minlength=self.vocab_size), history[-1]
+            total = len(history)
+            hit = (48 * hits + total // 2) // total / 48
+            features += [log(total), log((count > 0).sum()), log(len(self.tokens) - place)]
+            features += [float(total == 1), hit, float(last == neighbour)]
+            counts.append(count / total)
+            points.append(np.eye(self.vocab_size)[last])
+            neighbour = last
+            if key[0] == "order":
+                longest = last
+        for place in range(self.families):
+            known.append(features[6 * place] > 0)
+        late = ([0.0] * 16 + self.prices)[-16:]
+        shared = [1.0, entropy / 4 - 1, math.exp(-entropy)] + [late[-lag] / 4 for lag in (1, 2, 3)]
+        shared.append(sum(late) / 16 / 2)
+        features += [max(value, -6.0) for value in shared]
+        known += known[1:]
+        return features, (self.tokens[-1], longest), known, np.stack(experts + counts + points)
+
+    def weights(self, features, rows, known):
+        """Return the gate's weights (n, experts)."""
+        into, newest, proposed, out, bias = self.parameters
+        hidden = (features @ into + newest[rows[:, 0]] + proposed[rows[:, 1]]).relu()
+        return (hidden @ out + bias).masked_fill(~known, -math.inf).softmax(dim=1)
+
+    def row(self, logp_row, entropy):
+        """Return the distribution of the next token, (V,) float64."""
+        features, rows, known, experts = self.look_up(logp_row, entropy)
+        self.now = (features, rows, known, experts)
+        with torch.no_grad():
+            weights = self.weights(
+                torch.tensor([features], dtype=torch.float64), torch.tensor([rows]), torch.tensor([known])
+            )[0]
+        self.gated = weights.numpy() @ experts
+        trust = 1 / (1 + math.exp(-self.lead))
+        return (1 - trust) * experts[0] + trust * self.gated
+
+    def reveal(self, token, logp):
+        """Take in the token that was priced; learn when a chunk is full."""
+        if self.tokens:
+            features, rows, known, experts = self.now
+            self.pending.append((features, rows, known, experts[:, token]))
+            self.lead += math.log(self.gated[token]) - math.log(experts[0][token])
+            self.prices.append(float(logp))
+            done = len(self.prices)
+            if done >= (self.chunk_end or max(64, min(self.chunk, 0))):
+                self.learn()
+                self.chunk_end = done + max(64, min(self.chunk, done // 4), done // 4096)
+            for key in self.contexts():
+                if key is not None:
+                    history, hits, _ = self.tables.setdefault(key, [[], 0, 0])
+                    hits += bool(history) and history[-1] == token
+                    self.tables[key] = [[*history, token], hits, len(self.tokens)]
+        self.tokens.append(token)
+        self.document += token == 1
+        if self.starts_word:
+            opens = self.starts_word[token] or len(self.tokens) == 1
+            self.starts.append(len(self.tokens) - 1 if opens else self.starts[-1])
+
+    def learn(self):
+        """Take the steps on the chunk that has just been priced."""
+        features, rows, known, prices = zip(*self.pending, strict=True)
+        features, prices = torch.tensor(features, dtype=torch.float64), torch.tensor(np.array(prices))
+        for _ in range(self.steps):
+            self.adam.zero_grad()
+            weights = self.weights(features, torch.tensor(rows), torch.tensor(known))
+            (-(weights * prices).sum(dim=1).log().mean()).backward()
+            self.adam.step()
+        self.pending = []

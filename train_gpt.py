@@ -1582,7 +1582,9 @@ def line_up(group: Tensor, target: Tensor, cut: int = 0) -> Line:
         helper.start()
         parts[1].sort()
         helper.join()
-        group, target = torch.from_numpy(word >> bits), torch.from_numpy(word & (2**bits - 1))
+        target = torch.from_numpy(word & (2**bits - 1))
+        word >>= bits
+        group = torch.from_numpy(word)
     else:
         group, order = torch.sort(group, stable=True)
         target = target.index_select(0, order)
@@ -1592,8 +1594,8 @@ def line_up(group: Tensor, target: Tensor, cut: int = 0) -> Line:
 
 
 def group_starts(first: Tensor) -> Tensor:
-    """Return for every place of a line the place where its group starts, (n,) int64."""
-    place = torch.arange(len(first), device=first.device)
+    """Return for every place of a line the place where its group starts, (n,) int32."""
+    place = torch.arange(len(first), dtype=torch.int32, device=first.device)
     return place.where(first, 0).cummax(0).values if len(first) else place
 
 
@@ -1606,8 +1608,9 @@ def recurring(line: Line, total: int) -> Line:
 
 def extend(line: Line, tokens: Tensor, vocab_size: int) -> Line:
     """Return the line of (context, target) pairs: what a context plus its target is the context of next."""
-    cut = len(line.first) // 2
-    cut += int(line.first[cut:].int().argmax()) if cut else 0
+    half = len(line.first) // 2
+    cut = half + int(line.first[half:].int().argmax()) if half else 0
+    cut = cut if half and line.first[cut] else 0
     group = (line.first.cumsum(0) - 1) * vocab_size + tokens.index_select(0, line.target + 1)
     return line_up(group, line.target, cut)
 
@@ -1623,22 +1626,22 @@ def within(line: Line, segment: Tensor) -> Line:
 def count(line: Line, extended: Line, tokens: Tensor) -> Evidence:
     """Return the evidence of one family from its line and the line of its (context, target) pairs."""
     target, start = line.target, group_starts(line.first)
-    place = torch.arange(len(target), device=target.device)
+    place = torch.arange(len(target), dtype=torch.int32, device=target.device)
     seen = place - start
     blank = torch.zeros(max(len(tokens) - 1, 0), dtype=torch.int32, device=target.device)
 
     def spread(values: Tensor, where: Tensor = target) -> Tensor:
-        return blank.clone().index_copy_(0, where, values.int())
+        return blank.clone().index_copy_(0, where, values)
 
     def earlier(flags: Tensor) -> Tensor:
-        before = flags.cumsum(0) - flags.long()
+        before = flags.cumsum(0, dtype=torch.int32) - flags.int()
         return spread(before - before.index_select(0, start))
 
     full = spread(place - group_starts(extended.first), extended.target)
-    token = tokens.index_select(0, target + 1)
+    token = tokens.index_select(0, target + 1).int()
     before, known = token.roll(1), seen > 0
-    last = torch.full_like(blank, -1).index_copy_(0, target, torch.where(known, before, -1).int())
-    age = spread((target - target.roll(1)) * known)
+    last = torch.full_like(blank, -1).index_copy_(0, target, before.where(known, -1))
+    age = spread(((target - target.roll(1)) * known).int())
     new = full.index_select(0, target) == 0
     return Evidence(full, spread(seen), earlier(new), last, earlier((token == before) & known), age)
 
@@ -1649,9 +1652,8 @@ def count_lines(tokens: Tensor, top: int, vocab_size: int) -> Iterator[tuple[int
     The line of order n holds the contexts of n - 1 tokens; sorted by the token that follows it becomes that
     of order n + 1. Contexts that occur once have no evidence and leave: long orders cost next to nothing.
     """
-    tokens = tokens.long()
     total = max(len(tokens) - 1, 0)
-    extended = line_up(tokens, torch.arange(len(tokens), device=tokens.device))
+    extended = line_up(tokens.long(), torch.arange(len(tokens), device=tokens.device))
     for order in range(2, top + 1):
         line = recurring(Line(extended.target + (order > 2), extended.first), total)
         extended = extend(line, tokens, vocab_size)
@@ -1665,7 +1667,7 @@ def count_orders(tokens: Tensor, orders, vocab_size: int) -> Iterator[tuple[int,
         raise SettingError(f"orders={sorted(wanted)} must be 2 at least; a context has one token or more")
     for order, line, extended in count_lines(tokens, max(wanted, default=0), vocab_size):
         if order in wanted:
-            yield order, Counts(*count(line, extended, tokens.long())[:4])
+            yield order, Counts(*count(line, extended, tokens)[:4])
 
 
 def exact_counts(tokens: Tensor, order: int, vocab_size: int) -> Counts:
@@ -1680,17 +1682,17 @@ def exact_counts(tokens: Tensor, order: int, vocab_size: int) -> Counts:
 class WordMap(NamedTuple):
     """Words of a stream: all (N,), entry i for the token tokens[i]."""
 
-    start: Tensor  # int64, where the word of the token starts
-    depth: Tensor  # int64, tokens of the word so far, WORD_TOKENS at most
-    number: Tensor  # int64, equal for equal last `depth` tokens, -1 for what occurs once
+    start: Tensor  # int32, where the word of the token starts
+    depth: Tensor  # uint8, tokens of the word so far, WORD_TOKENS at most
+    number: Tensor  # int32, equal for equal last `depth` tokens, -1 for what occurs once
 
 
 def map_words(tokens: Tensor, starts_word: Tensor) -> WordMap:
     """Return the words of `tokens` (N + 1,), unnumbered; `starts_word` (V,): the tokens that open one."""
-    place = torch.arange(len(tokens) - 1, device=tokens.device)
+    place = torch.arange(len(tokens) - 1, dtype=torch.int32, device=tokens.device)
     start = place.where(starts_word.index_select(0, tokens[:-1]), 0).cummax(0).values
-    depth = (place - start + 1).clamp(max=WORD_TOKENS)
-    return WordMap(start, depth, torch.where(depth == 1, tokens[:-1], -1))
+    depth = (place - start + 1).clamp(max=WORD_TOKENS).to(torch.uint8)
+    return WordMap(start, depth, tokens[:-1].where(depth == 1, -1))
 
 
 def word_line(words: WordMap, back: int) -> Line:
@@ -1701,35 +1703,38 @@ def word_line(words: WordMap, back: int) -> Line:
     earlier = words.number.index_select(0, (before - 1).clamp(min=0))
     kept = ((words.number >= 0) & (earlier >= 0) & (before > 0)).nonzero()[:, 0]
     bound = int(words.number.max()) + 1
-    group = words.number.index_select(0, kept) * bound + earlier.index_select(0, kept)
+    group = words.number.index_select(0, kept).long() * bound + earlier.index_select(0, kept)
     return recurring(line_up(group, kept), len(words.number))
 
 
 def count_families(
     tokens: Tensor, settings: Settings, starts_word: Tensor | None
 ) -> Iterator[tuple[str, Evidence]]:
-    """Yield (name, Evidence) for every context family: what can be told from `tokens` (N + 1,) int64.
+    """Yield (name, Evidence) for every context family: what can be told from `tokens` (N + 1,) int32.
 
     order<n>: the n - 1 tokens before the target; document<n>: the same inside its document; word<n>: the word
     so far and the n-th word before it, if `starts_word` (V,) is known.
     """
-    total, top = max(len(tokens) - 1, 0), settings.cache_max_order
-    document = (tokens[:total] == MARKER_ID).cumsum(0)
+    total = max(len(tokens) - 1, 0)
+    document = (tokens[:total] == MARKER_ID).cumsum(0, dtype=torch.int32)
     with_words = settings.cache_words and starts_word is not None and total
     words = map_words(tokens, starts_word) if with_words else None
+    top = max(settings.cache_max_order, WORD_TOKENS if words else 0)
     for order, line, extended in count_lines(tokens, top, settings.vocab_size):
-        if order in ORDER_LADDER:
+        if order in ORDER_LADDER and order <= settings.cache_max_order:
             yield f"order{order}", count(line, extended, tokens)
-        if order <= settings.cache_document_order:
+        if order <= min(settings.cache_document_order, settings.cache_max_order):
             yield f"document{order}", count(within(line, document), within(extended, document), tokens)
         if words and order <= WORD_TOKENS:
             end = extended.target + 1
-            number = extended.first.cumsum(0) + order * (total + settings.vocab_size)
+            number = extended.first.cumsum(0, dtype=torch.int32) + order * (total + settings.vocab_size)
             same = (end < total) & (words.depth.index_select(0, end.clamp(max=total - 1)) == order)
             words.number[end[same]] = number[same]
+            del end, number, same
     for back in (1, 2) if words else ():
         line = word_line(words, back)
-        yield f"word{back}", count(line, extend(line, tokens, settings.vocab_size), tokens)
+        extended = extend(line, tokens, settings.vocab_size)
+        yield f"word{back}", count(line, extended, tokens)
 
 
 class Recall(NamedTuple):
@@ -1757,7 +1762,7 @@ def encode(evidence: Evidence, neighbour: Tensor, log_code: Tensor) -> Tensor:
 
 def recall(tokens: Tensor, settings: Settings, starts_word: Tensor | None) -> Recall:
     """Count all families of `tokens` (N + 1,) and keep what the mixture needs."""
-    tokens = tokens.long()
+    tokens = tokens.int()
     total = max(len(tokens) - 1, 0)
     numbers = torch.arange(total + 1, dtype=torch.float64, device=tokens.device)
     log_code = (CODE_LOG * numbers.log1p()).round().to(torch.uint8)
@@ -1775,6 +1780,7 @@ def recall(tokens: Tensor, settings: Settings, starts_word: Tensor | None) -> Re
             proposals.append(torch.where(known, evidence.last, settings.vocab_size))
         if name.startswith("order"):
             longest = torch.where(known, evidence.last, longest)
+        del evidence  # before the next family is counted: it is large
     return Recall(names, codes, share, right, torch.stack([longest, *proposals]))
 
 

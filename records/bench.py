@@ -1,8 +1,9 @@
 """Measure speed: `make bench`. Writes records/bench/<processor or GPU>.json; timings live here, not in tests.
 
 Per recipe: training tokens a second, the share of a step that the optimizers take, scoring tokens a second,
-seconds and size of an artifact. Machines are noisy: each figure is the median of several repetitions, and
-what is compared is measured in one run.
+seconds and size of an artifact. For the exact cache: tokens a second and memory, from 1 to 16 million tokens.
+Machines are noisy: each figure is the median of several repetitions, and what is compared is measured in one
+run.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import json
 import platform
 import re
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,6 +34,10 @@ CASES = (
         {"TRAIN_BATCH_TOKENS": "524288", "VAL_BATCH_SIZE": "524288"},
     ),
 )
+
+
+CACHE_MILLIONS = (1, 2, 4, 8, 16)  # lengths of the streams that the exact cache is measured on, times 2**20
+PASSAGE = 32  # tokens of a copied passage in the made-up stream
 
 
 def processor_name() -> str:
@@ -111,6 +118,60 @@ def bench_recipe(recipe: str, variables: dict[str, str], process: train_gpt.Proc
     }
 
 
+def repetitive_tokens(count: int, vocab_size: int = 1024) -> torch.Tensor:
+    """Return made-up tokens (count,) int32 that repeat as text does: frequent ones, and copied passages."""
+    random = np.random.default_rng(0)
+    tokens = (vocab_size ** random.random(count)).astype(np.int32) - 1
+    for begin in range(4 * PASSAGE, count - PASSAGE, 2 * PASSAGE):
+        source = random.integers(begin - PASSAGE)
+        tokens[begin : begin + PASSAGE] = tokens[source : source + PASSAGE]
+    return torch.from_numpy(tokens)
+
+
+def bench_cache(millions: int, process: train_gpt.Process) -> dict[str, object]:
+    """Return tokens a second of counting and of counting and mixing, and the memory that both took."""
+    tokens = repetitive_tokens(millions * 2**20 + 1).to(process.device)
+    settings = train_gpt.Settings.from_env({"TOKENIZER_PATH": "/none"})
+    logp, entropy = torch.full((2, len(tokens) - 1), 3.0, device=process.device)
+    starts = torch.arange(1024, device=process.device) % 3 == 0
+
+    def count():
+        for _ in train_gpt.count_orders(tokens, range(2, 13), 1024):
+            pass
+
+    def count_and_mix():
+        known = train_gpt.recall(tokens, settings, starts)
+        return train_gpt.mix(tokens, known, -logp, entropy, None, settings)
+
+    repetitions = 3 if millions == 1 else 1
+    count_seconds = median_seconds(process, repetitions, count)
+    both_seconds = median_seconds(process, repetitions, count_and_mix)
+    on_gpu = process.device.type == "cuda"
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if on_gpu
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    return {
+        "tokens": len(tokens) - 1,
+        "count_tokens_per_second": len(tokens) / count_seconds,
+        "count_and_mix_tokens_per_second": len(tokens) / both_seconds,
+        "seconds": both_seconds,
+        "peak_mib": peak // 2**20,
+    }
+
+
+def bench_growth() -> list[dict[str, object]]:
+    """Return the cache's figures for 1 to 16 million tokens, each measured in a process of its own."""
+    figures = []
+    for millions in CACHE_MILLIONS:
+        command = [sys.executable, __file__, "--cache", str(millions)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        figures.append(json.loads(done.stdout))
+        print("bench:cache " + " ".join(f"{k}:{v:.4g}" for k, v in figures[-1].items()), flush=True)
+    return figures
+
+
 def main() -> int:
     """Measure every case, print a line each, write the JSON file."""
     with train_gpt.open_process({}, train_gpt.Settings()) as process:
@@ -121,6 +182,7 @@ def main() -> int:
             "threads": torch.get_num_threads(),
             "recipes": {},
         }
+        report["cache"] = bench_growth()
         for recipe, on_cpu_variables, on_gpu_variables in CASES:
             figures = bench_recipe(recipe, on_gpu_variables if on_gpu else on_cpu_variables, process)
             report["recipes"][recipe] = figures
@@ -133,4 +195,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--cache"]:
+        with train_gpt.open_process({}, train_gpt.Settings()) as this:
+            print(json.dumps(bench_cache(int(sys.argv[2]), this)))
+        sys.exit(0)
     sys.exit(main())

@@ -170,6 +170,14 @@ ACTS = {
     "EVAL_ONLY": "/nowhere/artifact.bin",
     "RUN_ID": "named",
     "RUN_DIR": "elsewhere",
+    "NGRAM_CACHE": "none",
+    "CACHE_MAX_ORDER": "2",
+    "CACHE_DOCUMENT_ORDER": "0",
+    "CACHE_WORDS": "0",
+    "CACHE_CHUNK_TOKENS": "64",
+    "CACHE_HIDDEN": "8",
+    "CACHE_STEPS": "1",
+    "CACHE_LR": "0.01",
 }
 BASE = {"EMBED_LR": {"TIE_EMBEDDINGS": "0"}, "HEAD_LR": {"TIE_EMBEDDINGS": "0"}, "RUN_ID": {"RUN_DIR": ""}}
 BASE |= {"EVAL_SEQ_LEN": {"EVAL_STRIDE": "8"}, "MICRO_BATCH_SLOTS": {}, "ADAM_EPS": {"WARMDOWN_ITERS": "0"}}

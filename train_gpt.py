@@ -250,7 +250,6 @@ class Settings:
     cache_document_order: int = setting(
         4, "longest n-gram counted inside the document too; 0: none", 0, 64, stored="scoring"
     )
-    cache_words: bool = setting(True, "count after words too", stored="scoring")
     cache_chunk_tokens: int = setting(
         512, "targets priced between updates of the gate", 1, 2**20, stored="scoring"
     )
@@ -1527,15 +1526,14 @@ def score_validation(
 
 
 # ============================================================================================================
-# 9 EXACT COUNTS. In: the token stream. Out: for every target and every context family (orders, the same
-# inside the document, words) how often context and target occurred before, as numbers small enough to keep
+# 9 EXACT COUNTS. In: the token stream. Out: for every target and every context family (orders, and
+# the same inside the document) how often context and target occurred before, as numbers small enough to keep
 # for a whole split. Counting is sorting: no hash, no collision, and a place sees every place before it and
 # nothing else. Equal contexts stand side by side, in order of time; a count is a rank in that line.
 # ============================================================================================================
 
 PART_OF_SORT = 65_536  # elements from which a sort is worth a second thread
 ORDER_LADDER = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)  # orders that price; the chain counts all
-WORD_TOKENS = 8  # a word is known by its last tokens, so many at most
 CODE_ONE = 48  # a feature of 1.0 as a small whole number
 CODE_LOG = 12  # log(1 + count) = 1 likewise, so that any count fits 8 bits
 PROPOSERS = ("order2", "order3", "order4", "order6", "document2")  # families whose last token is a proposal
@@ -1679,62 +1677,17 @@ def exact_counts(tokens: Tensor, order: int, vocab_size: int) -> Counts:
     return next(counts for _, counts in count_orders(tokens, [order], vocab_size))
 
 
-class WordMap(NamedTuple):
-    """Words of a stream: all (N,), entry i for the token tokens[i]."""
-
-    start: Tensor  # int32, where the word of the token starts
-    depth: Tensor  # uint8, tokens of the word so far, WORD_TOKENS at most
-    number: Tensor  # int32, equal for equal last `depth` tokens, -1 for what occurs once
-
-
-def map_words(tokens: Tensor, starts_word: Tensor) -> WordMap:
-    """Return the words of `tokens` (N + 1,), unnumbered; `starts_word` (V,): the tokens that open one."""
-    place = torch.arange(len(tokens) - 1, dtype=torch.int32, device=tokens.device)
-    start = place.where(starts_word.index_select(0, tokens[:-1]), 0).cummax(0).values
-    depth = (place - start + 1).clamp(max=WORD_TOKENS).to(torch.uint8)
-    return WordMap(start, depth, tokens[:-1].where(depth == 1, -1))
-
-
-def word_line(words: WordMap, back: int) -> Line:
-    """Return the line of contexts (word so far, the `back`-th word before it)."""
-    before = words.start
-    for _ in range(back - 1):
-        before = words.start.index_select(0, (before - 1).clamp(min=0)).where(before > 0, 0)
-    earlier = words.number.index_select(0, (before - 1).clamp(min=0))
-    kept = ((words.number >= 0) & (earlier >= 0) & (before > 0)).nonzero()[:, 0]
-    bound = int(words.number.max()) + 1
-    group = words.number.index_select(0, kept).long() * bound + earlier.index_select(0, kept)
-    return recurring(line_up(group, kept), len(words.number))
-
-
-def count_families(
-    tokens: Tensor, settings: Settings, starts_word: Tensor | None
-) -> Iterator[tuple[str, Evidence]]:
+def count_families(tokens: Tensor, settings: Settings) -> Iterator[tuple[str, Evidence]]:
     """Yield (name, Evidence) for every context family: what can be told from `tokens` (N + 1,) int32.
 
-    order<n>: the n - 1 tokens before the target; document<n>: the same inside its document; word<n>: the word
-    so far and the n-th word before it, if `starts_word` (V,) is known.
+    order<n>: the n - 1 tokens before the target; document<n>: the same inside its document.
     """
-    total = max(len(tokens) - 1, 0)
-    document = (tokens[:total] == MARKER_ID).cumsum(0, dtype=torch.int32)
-    with_words = settings.cache_words and starts_word is not None and total
-    words = map_words(tokens, starts_word) if with_words else None
-    top = max(settings.cache_max_order, WORD_TOKENS if words else 0)
-    for order, line, extended in count_lines(tokens, top, settings.vocab_size):
-        if order in ORDER_LADDER and order <= settings.cache_max_order:
+    document = (tokens[:-1] == MARKER_ID).cumsum(0, dtype=torch.int32)
+    for order, line, extended in count_lines(tokens, settings.cache_max_order, settings.vocab_size):
+        if order in ORDER_LADDER:
             yield f"order{order}", count(line, extended, tokens)
-        if order <= min(settings.cache_document_order, settings.cache_max_order):
+        if order <= settings.cache_document_order:
             yield f"document{order}", count(within(line, document), within(extended, document), tokens)
-        if words and order <= WORD_TOKENS:
-            end = extended.target + 1
-            number = extended.first.cumsum(0, dtype=torch.int32) + order * (total + settings.vocab_size)
-            same = (end < total) & (words.depth.index_select(0, end.clamp(max=total - 1)) == order)
-            words.number[end[same]] = number[same]
-            del end, number, same
-    for back in (1, 2) if words else ():
-        line = word_line(words, back)
-        extended = extend(line, tokens, settings.vocab_size)
-        yield f"word{back}", count(line, extended, tokens)
 
 
 class Recall(NamedTuple):
@@ -1760,7 +1713,7 @@ def encode(evidence: Evidence, neighbour: Tensor, log_code: Tensor) -> Tensor:
     return torch.stack(logs + [flag.to(torch.uint8) for flag in flags])
 
 
-def recall(tokens: Tensor, settings: Settings, starts_word: Tensor | None) -> Recall:
+def recall(tokens: Tensor, settings: Settings) -> Recall:
     """Count all families of `tokens` (N + 1,) and keep what the mixture needs."""
     tokens = tokens.int()
     total = max(len(tokens) - 1, 0)
@@ -1769,7 +1722,7 @@ def recall(tokens: Tensor, settings: Settings, starts_word: Tensor | None) -> Re
     names, codes, share, right, proposals = [], [], [], [], []
     longest = torch.full((total,), settings.vocab_size, dtype=torch.int32, device=tokens.device)
     neighbour = torch.full_like(longest, -1)
-    for name, evidence in count_families(tokens, settings, starts_word):
+    for name, evidence in count_families(tokens, settings):
         known = evidence.context > 0
         names.append(name)
         codes.append(encode(evidence, neighbour, log_code))
@@ -1948,25 +1901,12 @@ def never_worse(logp: Tensor, gated: Tensor) -> Tensor:
     return torch.logaddexp(F.logsigmoid(-lead) + neural, F.logsigmoid(lead) + gated).float()
 
 
-def word_starts(tokenizer: Tokenizer) -> Tensor:
-    """Return which tokens open a word, (V,) bool: those whose first byte is not part of one."""
-    opens = [not piece[:1].isalnum() and piece[:1] < b"\x80" for piece in tokenizer.pieces]
-    return torch.tensor(opens)
-
-
 def mix_stream(tokens: Tensor, logp: Tensor, entropy: Tensor, settings: Settings) -> Tensor:
     """Return the log-probabilities (N,) float32 of targets 1 ... N under the mixture, in nats.
 
-    `tokens` (N + 1,) integers, `logp` and `entropy` (N,) float32: a recorded neural stream. Words come from
-    settings.tokenizer_path, if there is such a file with VOCAB_SIZE tokens.
+    `tokens` (N + 1,) integers, `logp` and `entropy` (N,) float32: a recorded neural stream.
     """
-    path, starts = Path(settings.tokenizer_path), None
-    if path.is_file():
-        starts = word_starts(Tokenizer.load(path))
-    if starts is not None and len(starts) != settings.vocab_size:
-        raise SettingError(f"VOCAB_SIZE={settings.vocab_size}: {path} has {len(starts)} tokens; change one")
-    known = recall(tokens, settings, starts.to(tokens.device) if starts is not None else None)
-    return mix(tokens, known, logp, entropy, None, settings).logp
+    return mix(tokens, recall(tokens, settings), logp, entropy, None, settings).logp
 
 
 def hand_over(chunks: list[ScoredChunk], total: int, rows: int, process: Process) -> Tensor:
@@ -2025,7 +1965,7 @@ def score_final(
     stride, known, proposals = settings.eval_stride, None, None
     if settings.ngram_cache == "exact":
         tokens = torch.from_numpy(dataset.val_tokens.astype(np.int32)).to(process.device)
-        known = recall(tokens, settings, word_starts(dataset.tokenizer).to(process.device))
+        known = recall(tokens, settings)
         proposals = known.proposals
     chunks = list(score_validation(logits, dataset, settings, stride, process, "score", proposals))
     final = account(chunks, dataset, process)

@@ -133,14 +133,13 @@ def bench_cache(millions: int, process: train_gpt.Process) -> dict[str, object]:
     tokens = repetitive_tokens(millions * 2**20 + 1).to(process.device)
     settings = train_gpt.Settings.from_env({"TOKENIZER_PATH": "/none"})
     logp, entropy = torch.full((2, len(tokens) - 1), 3.0, device=process.device)
-    starts = torch.arange(1024, device=process.device) % 3 == 0
 
     def count():
         for _ in train_gpt.count_orders(tokens, range(2, 13), 1024):
             pass
 
     def count_and_mix():
-        known = train_gpt.recall(tokens, settings, starts)
+        known = train_gpt.recall(tokens, settings)
         return train_gpt.mix(tokens, known, -logp, entropy, None, settings)
 
     repetitions = 3 if millions == 1 else 1

@@ -33,7 +33,6 @@ VARIANTS = {
     "orders up to 32": {"CACHE_MAX_ORDER": "32"},
     "nothing by document": {"CACHE_DOCUMENT_ORDER": "0"},
     "by document up to order 6": {"CACHE_DOCUMENT_ORDER": "6"},
-    "no words": {"CACHE_WORDS": "0"},
     "chunks of 2048": {"CACHE_CHUNK_TOKENS": "2048"},
     "one step a chunk": {"CACHE_STEPS": "1"},
     "three steps a chunk": {"CACHE_STEPS": "3"},
@@ -44,7 +43,7 @@ VARIANTS = {
 # Bytes of the raw documents, and which variants are measured.
 STREAMS = {
     "mix_tune": (879_686, tuple(VARIANTS)),
-    "fineweb_val": (2_504_867, ("default", "nothing by document", "no words")),
+    "fineweb_val": (2_504_867, ("default", "nothing by document")),
 }
 
 

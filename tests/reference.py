@@ -108,11 +108,11 @@ class SlowMixture:
     `row()` is the distribution of the next token, given the neural model's row; then `reveal` the token.
     """
 
-    def __init__(self, vocab_size, starts_word, orders, inside, hidden, steps, rate, chunk):
-        self.vocab_size, self.starts_word = vocab_size, starts_word
+    def __init__(self, vocab_size, orders, inside, hidden, steps, rate, chunk):
+        self.vocab_size = vocab_size
         self.orders, self.inside, self.steps, self.chunk = orders, inside, steps, chunk
-        self.tables, self.tokens, self.document, self.starts = {}, [], 0, []
-        self.families = len(orders) + sum(order <= inside for order in orders) + 2 * bool(starts_word)
+        self.tables, self.tokens, self.document = {}, [], 0
+        self.families = len(orders) + sum(order <= inside for order in orders)
         features = 6 * self.families + 7
         noise = torch.randn(hidden, features, generator=torch.Generator().manual_seed(0))
         shapes = [(features, hidden), (vocab_size + 1, hidden), (vocab_size + 1, hidden)]
@@ -134,16 +134,6 @@ class SlowMixture:
             if order <= self.inside:
                 first = len(tokens) - order + 1
                 keys.append(context and ("document", self.document, context) if first >= 0 else None)
-        if self.starts_word:
-
-            def word(end):
-                return tuple(tokens[max(self.starts[end], end - 7) : end + 1])
-
-            begin = self.starts[-1]
-            for _ in range(2):
-                known = begin > 0
-                keys.append(("word", len(keys), word(len(tokens) - 1), word(begin - 1)) if known else None)
-                begin = self.starts[begin - 1] if known else 0
         return keys
 
     def look_up(self, logp_row, entropy):
@@ -216,9 +206,6 @@ class SlowMixture:
                     self.tables[key] = [[*history, token], hits, len(self.tokens)]
         self.tokens.append(token)
         self.document += token == 1
-        if self.starts_word:
-            opens = self.starts_word[token] or len(self.tokens) == 1
-            self.starts.append(len(self.tokens) - 1 if opens else self.starts[-1])
 
     def learn(self):
         """Take the steps on the chunk that has just been priced."""

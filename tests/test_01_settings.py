@@ -173,7 +173,6 @@ ACTS = {
     "NGRAM_CACHE": "none",
     "CACHE_MAX_ORDER": "2",
     "CACHE_DOCUMENT_ORDER": "0",
-    "CACHE_WORDS": "0",
     "CACHE_CHUNK_TOKENS": "64",
     "CACHE_HIDDEN": "8",
     "CACHE_STEPS": "1",

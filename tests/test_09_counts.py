@@ -16,7 +16,6 @@ from train_gpt import (
     exact_counts,
     line_up,
     recall,
-    word_starts,
 )
 
 
@@ -116,29 +115,18 @@ def test_counts_of_all_targets_add_up_to_the_contexts():
             assert total == int(counts.context[-1])
 
 
-def families_of(tokens, settings, starts_word):
-    return {name: torch.stack(evidence) for name, evidence in count_families(tokens, settings, starts_word)}
+def families_of(tokens, settings):
+    return {name: torch.stack(evidence) for name, evidence in count_families(tokens, settings)}
 
 
 def test_families_are_those_of_the_dictionary():
-    """Every family's counts against the slow mixture's tables, words and documents included."""
+    """Every family's counts against the slow mixture's tables, documents included."""
     vocab_size, settings = 12, settings_for(12, cache_max_order=8, cache_document_order=4)
     tokens = random_tokens(vocab_size, 300, seed=3)
-    starts = [token % 3 == 0 for token in range(vocab_size)]
-    found = families_of(tokens, settings, torch.tensor(starts))
-    slow = reference.SlowMixture(vocab_size, starts, (2, 3, 4, 5, 6, 8), 4, 2, 1, 0.0, 10**9)
+    found = families_of(tokens, settings)
+    slow = reference.SlowMixture(vocab_size, (2, 3, 4, 5, 6, 8), 4, 2, 1, 0.0, 10**9)
     order = [f"order{n}" for n in (2, 3, 4, 5, 6, 8)]
-    names = [
-        "order2",
-        "document2",
-        "order3",
-        "document3",
-        "order4",
-        "document4",
-        *order[3:],
-        "word1",
-        "word2",
-    ]
+    names = ["order2", "document2", "order3", "document3", "order4", "document4", *order[3:]]
     assert list(found) == names
     flat = np.full(vocab_size, -np.log(vocab_size))
     for place, token in enumerate(tokens.tolist()):
@@ -152,38 +140,18 @@ def test_families_are_those_of_the_dictionary():
         slow.reveal(token, flat[token])
 
 
-def test_without_words():
-    tokens, settings = random_tokens(12, 80), settings_for(12)
-    assert not any(name.startswith("word") for name in families_of(tokens, settings, None))
-    starts = torch.ones(12, dtype=torch.bool)
-    assert any(name.startswith("word") for name in families_of(tokens, settings, starts))
-    off = settings_for(12, cache_words=0)
-    assert not any(name.startswith("word") for name in families_of(tokens, off, starts))
-
-
 @pytest.mark.parametrize("t", [1, 2, 40, 150, 299])
 def test_later_tokens_change_nothing_that_a_weight_may_know(t):
     """Codes and proposals of target t stand before token t; its price and all later ones do not."""
     settings, tokens = settings_for(12, cache_max_order=8), random_tokens(12, 200, seed=5)
-    starts = torch.arange(12) % 3 == 0
     changed = tokens.clone()
     changed[t:] = (changed[t:] + 5) % 12
-    before, after = (recall(stream, settings, starts) for stream in (tokens, changed))
+    before, after = (recall(stream, settings) for stream in (tokens, changed))
     for one, other in zip(before.codes, after.codes, strict=True):
         assert one[:, :t].equal(other[:, :t])
     assert before.proposals[:, :t].equal(after.proposals[:, :t])
     for one, other in zip(before.share + before.right, after.share + after.right, strict=True):
         assert one[: t - 1].equal(other[: t - 1])
-
-
-def test_word_starts_of_both_tokenizers(dataset_dir):
-    tokenizer = train_gpt.Tokenizer.load(dataset_dir / "tokenizer.model")
-    starts = word_starts(tokenizer)
-    assert len(starts) == 384
-    for token, piece in enumerate(tokenizer.pieces):
-        assert bool(starts[token]) == (not piece or not (chr(piece[0]).isalnum() or piece[0] >= 128))
-    pure = word_starts(train_gpt.Tokenizer(b'{"config": {"byte_offset": 4}}'))
-    assert bool(pure[4 + ord(" ")]) and not bool(pure[4 + ord("e")]) and not bool(pure[4 + 0xC3])
 
 
 def test_codes_hold_the_largest_split():

@@ -1526,10 +1526,10 @@ def score_validation(
 
 
 # ============================================================================================================
-# 9 EXACT COUNTS. In: the token stream. Out: for every target and every context family (orders, and
-# the same inside the document) how often context and target occurred before, as numbers small enough to keep
-# for a whole split. Counting is sorting: no hash, no collision, and a place sees every place before it and
-# nothing else. Equal contexts stand side by side, in order of time; a count is a rank in that line.
+# 9 EXACT COUNTS. In: the token stream. Out: for every target and every context family (an order, or an order
+# inside the document) how often context and target occurred before, as numbers small enough to keep for a
+# whole split. Counting is sorting: no hash, no collision, and a place sees every place before it and nothing
+# else. Equal contexts stand side by side, in order of time; a count is a rank in that line.
 # ============================================================================================================
 
 PART_OF_SORT = 65_536  # elements from which a sort is worth a second thread
@@ -1757,9 +1757,7 @@ class Chunk(NamedTuple):
     features: Tensor  # (features, n) float32
     rows: Tensor  # (2, n) int64: newest token and the longest context's proposal, for the token tables
     masked: Tensor  # (experts, n) bool: no evidence
-    prices: (
-        Tensor  # (experts, n) float32: probability of the target under each expert, the neural model first
-    )
+    prices: Tensor  # (experts, n) float32: probability of the target, the neural model's first
 
 
 class Gate:
@@ -1882,7 +1880,7 @@ def mix(
         usage += forward[1].sum(dim=1)
         weights = forward[1].double()
         cache = (weights[1:] * prices[1:]).sum(dim=0).log()
-        gated[part] = torch.logaddexp(weights[0].log() + logp[part], cache)
+        gated[part] = torch.logaddexp(weights[0].log() + logp[part], cache) - weights.sum(dim=0).log()
         if settings.cache_lr:
             gate.learn(chunk, forward)
     usage = (usage / max(total, 1)).tolist()
@@ -1938,19 +1936,14 @@ def log_cache(neural: Tensor, mixture: Mixture, dataset: Dataset, log: Log) -> d
     numbers = {"neural_bpb": bpb[0], "cache_gain_bpb": bpb[0] - bpb[1], "cache_weights": mixture.weights}
     numbers["cache_gain_interval"] = gain_interval(bits[0] - bits[1], size, document)
     low, high = numbers["cache_gain_interval"]
-    gain = (
-        f"neural_bpb:{bpb[0]:.6f} cache_bpb:{bpb[1]:.6f} gain:{bpb[0] - bpb[1]:.6f} ({low:.4f} to {high:.4f})"
-    )
+    gain = f"gain:{bpb[0] - bpb[1]:.6f} ({low:.4f} to {high:.4f})"
     weights = " ".join(f"{name}:{weight:.3f}" for name, weight in mixture.weights.items())
-    log.event("cache", f"ngram_cache: {gain} mean weights: {weights}", **numbers)
-    sums = [np.cumsum(values) for values in (*bits, size)]
+    line = f"ngram_cache: neural_bpb:{bpb[0]:.6f} cache_bpb:{bpb[1]:.6f} {gain} mean weights: {weights}"
+    log.event("cache", line, **numbers)
+    sums = [np.cumsum(values) for values in (*bits, size.clip(min=1e-9))]
     for end in np.linspace(0, len(size), CURVE_POINTS + 1).astype(int)[1:] - 1:
-        seen = {"tokens": int(end) + 1, "bytes": int(sums[2][end])}
-        curve = {
-            name: float(total[end] / max(sums[2][end], 1))
-            for name, total in zip(("neural_bpb", "cache_bpb"), sums, strict=False)
-        }
-        log.event("curve", "", **seen, **curve)
+        alone, mixed, seen = (float(total[end]) for total in sums)
+        log.event("curve", "", tokens=int(end) + 1, neural_bpb=alone / seen, cache_bpb=mixed / seen)
     return numbers
 
 

@@ -79,6 +79,36 @@ def bench_table() -> str:
     return "\n".join(rows)
 
 
+def streams_table() -> str:
+    """Return the table of the exact cache's variants on recorded streams."""
+    streams = json.loads((RECORDS / "streams.json").read_text())["streams"]
+    rows = ["| | " + " | ".join(streams) + " |", "| --- |" + " --- |" * len(streams)]
+    rows.append("| neural model alone | " + " | ".join(f"{s['neural']:.4f}" for s in streams.values()) + " |")
+    names = list(dict.fromkeys(name for s in streams.values() for name in s["variants"]))
+    for kind, labels in (("variants", names), ("compressors", ("PPMd order 16", "xz -9e"))):
+        for name in labels:
+            values = (s[kind].get(name) for s in streams.values())
+            cells = " | ".join("" if value is None else f"{value:.4f}" for value in values)
+            rows.append(f"| {'cache: ' * (kind == 'variants')}{name} | {cells} |")
+    return "\n".join(rows)
+
+
+def growth_table() -> str:
+    """Return the table of the exact cache's time and memory by length of the stream."""
+    rows = [
+        "| processor | tokens | counting, tokens a second | counting and mixing | seconds | peak memory |"
+    ]
+    rows.append("| --- | --- | --- | --- | --- | --- |")
+    for path in sorted((RECORDS / "bench").glob("*.json")):
+        report = json.loads(path.read_text())
+        for v in report.get("cache", []):
+            rows.append(
+                f"| {report['processor']} | {v['tokens']:,} | {v['count_tokens_per_second']:,.0f} | "
+                f"{v['count_and_mix_tokens_per_second']:,.0f} | {v['seconds']:.1f} | {v['peak_mib']:,} MiB |"
+            )
+    return "\n".join(rows)
+
+
 def curve_svg() -> str:
     """Return the picture of the kept cpu run: training loss over the clock, final score beside xz."""
     result, events = kept_run("cpu")
@@ -123,6 +153,8 @@ BLOCKS = {
     "settings": settings_table,
     "alternatives": alternatives_table,
     "bench": bench_table,
+    "streams": streams_table,
+    "growth": growth_table,
 }
 
 

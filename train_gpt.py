@@ -107,7 +107,7 @@ class NonFiniteError(RunError):
 REFERENCE = """
     TRAIN_SEQ_LEN=2048 WARMDOWN_ITERS=3500 TIED_EMBED_LR=0.035 MATRIX_LR=0.025 SCALAR_LR=0.025
     MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500
-    MUON_WD=0.04 ADAM_WD=0.04 QUANT_SCALE_FLOOR=1 FP16_MAX_NUMEL=65536
+    MUON_WD=0.04 ADAM_WD=0.04 QUANT_SEARCH=1 QUANT_SCALE_FLOOR=1 FP16_MAX_NUMEL=65536
 """
 ELEVEN = f"""{REFERENCE}
     NUM_LAYERS=11 MLP_ACTIVATION=leaky2 ROPE_DIMS=16 ROPE_NTK_LENGTH=1024 SMEAR_GATE=half GRAD_CLIP_NORM=0.3
@@ -115,7 +115,7 @@ ELEVEN = f"""{REFERENCE}
 """
 WIDE = f"""{ELEVEN}
     NUM_KV_HEADS=8 MLP_MULT=3.5 LN_SCALE=norm VE_LAYERS=9,10 XSA_LAST_N=11 MATRIX_INIT=scaled
-    QAT_START=scale:0.5 MATRIX_BITS=5 QUANT_SEARCH=tensor
+    QAT_START=scale:0.5 MATRIX_BITS=5
 """
 PRUNED = f"{WIDE} BIGRAM_VOCAB_SIZE=6144 MAX_WALLCLOCK_SECONDS=582 PRUNE_PCT=0.08 CROWN_Q_LAMBDA=0.01"
 # Recipes are written as a person would type them; several variables to a line, blanks between, the last wins.
@@ -144,13 +144,12 @@ RECIPES = {
     # reaches the embeddings; SWA, collected and dropped by 890, 779 and 834, is a candidate for the export;
     # weights are chosen on held-out training tokens (864: on validation text); the gradient norm that is
     # clipped is global (864: local). 779's and 834's READMEs name a value residual and gated attention, their
-    # code has neither. Gains are stored as float32 (890, 779, 834: float16).
+    # code has neither. Gains are stored as float32 (890, 779, 834: float16), percentiles searched per row.
     "pr890": f"{WIDE} BIGRAM_VOCAB_SIZE=4096 EVAL_STRIDE=32",
     "pr810": f"""{REFERENCE}
         NUM_LAYERS=10 MLP_MULT=3 SMEAR_GATE=twentieth BIGRAM_VOCAB_SIZE=2048 BIGRAM_HASH=linear XSA_LAST_N=4
         PRE_ENRICH_DIM=768 UNET_LONGER_HALF=encoder EMBED_INIT=overtone MUON_SCOPE=lookup MUON_WD_ORDER=after
-        AVERAGE=mean QAT_START=step0 MATRIX_BITS=6 LOOKUP_BITS=6 EMBED_BITS=16 QUANT_SEARCH=tensor
-        COMPRESSOR=lzma
+        AVERAGE=mean QAT_START=step0 MATRIX_BITS=6 LOOKUP_BITS=6 EMBED_BITS=16 COMPRESSOR=lzma
     """,
     # Both leave 18 seconds of the clock to the export.
     "pr779": PRUNED,
@@ -161,7 +160,7 @@ RECIPES = {
     "pr864": f"""{ELEVEN}
         MLP_MULT=3 BIGRAM_VOCAB_SIZE=1024 XSA_LAST_N=4 VALUE_RESIDUAL=1 GATED_ATTN=1 MATRIX_INIT=orthogonal
         PARALLEL_MUON=1 MUON_SCOPE=matrix SWA_SOURCE=ema QAT_START=time:0.85 MATRIX_BITS=6 LOOKUP_BITS=6
-        EMBED_BITS=16 QUANT_SEARCH=row
+        EMBED_BITS=16
     """,
 }
 
@@ -319,7 +318,7 @@ class Settings:
     embed_bits: int = setting(8, "bits of embedding and output matrix", choices=(5, 6, 8, 16))
     lookup_bits: int = setting(8, "bits of bigram and value tables", choices=(5, 6, 8, 16))
     fp16_max_numel: int = setting(0, "matrices up to so many elements stay float16", 0)
-    quant_search: str = choice("off tensor row", "clip at percentiles: one for all rows, or each its own")
+    quant_search: bool = setting(False, "clip each row at the percentile of least error")
     quant_scale_floor: bool = setting(False, "scales are 1 / largest integer at least")
     prune_pct: float = setting(0.0, "share of a quantized matrix's smallest weights made 0", 0.0, 0.99)
     qat_start: str = setting("off", "quantization-aware training: off, step0, scale:<x> or time:<x>")
@@ -1506,30 +1505,27 @@ def restore_rows(integers: Tensor, scale: Tensor) -> Tensor:
     return integers.float() * scale.float()[:, None]
 
 
-def quantize_rows(
-    weight: Tensor, bits: int, search: str = "off", floor: bool = False
-) -> tuple[Tensor, Tensor]:
+def quantize_rows(weight: Tensor, bits: int, search=False, floor=False) -> tuple[Tensor, Tensor]:
     """Return (integers int8 (R, C), scales float16 (R,)) of a weight (R, C): symmetric, one scale per row.
 
     Restored values are off by at most half a scale (and half the smallest scale for rows near zero), unless
-    `search` clips: it takes the percentile with the least squared error, per "row" or for the whole
-    "tensor". `floor` keeps scales at 1 / limit at least (coarser, compresses better); rows below 1 then have
-    that scale whatever the percentile. Training and export both call this.
+    `search` clips a row at the percentile with the least squared error. `floor` keeps scales at 1 / limit at
+    least (coarser, compresses better): rows below 1 then have that scale, whatever the percentile. Training
+    and export both call this.
     """
     limit, weight = 2 ** (bits - 1) - 1, weight.float()
 
     def integers(scale: Tensor) -> Tensor:
         return (weight / scale.float()[:, None]).round().clamp(-limit, limit)
 
-    places = [(1 - p) * (weight.size(1) - 1) for p in (PERCENTILES if search != "off" else (1.0,))]
+    places = [(1 - p) * (weight.size(1) - 1) for p in (PERCENTILES if search else (1.0,))]
     top = weight.abs().topk(min(int(max(places)) + 2, weight.size(1)), dim=1).values
     clips = [torch.lerp(top[:, int(x)], top[:, min(int(x) + 1, top.size(1) - 1)], x % 1) for x in places]
     least = 1 / limit if floor else SMALLEST_SCALE
     scales = (torch.stack(clips) / limit).clamp(min=least).to(torch.float16)  # (percentiles, R)
     scale = scales[0]
-    if search != "off":
+    if search:
         errors = torch.stack([(restore_rows(integers(s), s) - weight).square().sum(dim=1) for s in scales])
-        errors = errors.sum(dim=1, keepdim=True).expand_as(errors) if search == "tensor" else errors
         scale = scales.gather(0, errors.argmin(dim=0, keepdim=True))[0]
     return integers(scale).to(torch.int8), scale
 
@@ -1555,22 +1551,25 @@ class QuantizationAware(nn.Module):
 
     Gradients pass straight through (arXiv 1308.3432), or through a soft rounding that hardens as the
     learning-rate scale falls to 0. It shares the model's parameters; the model itself knows nothing of it.
+    Matrices of one width and precision are quantized as one, row after row: a small graph to compile.
     """
 
     def __init__(self, model: GPT, settings: Settings) -> None:
         super().__init__()
         self.model, self.settings = model, settings
-        kinds = {name: tensor_kind(name, p, settings) for name, p in model.named_parameters()}
-        self.bits = {name: BITS[kind] for name, kind in kinds.items() if kind in BITS}
-        self.register_buffer("sharpness", torch.ones_like(model.skip_weights[0, 0]), persistent=False)
+        self.groups: dict[tuple[int, int], list[str]] = {}
+        for name, parameter in model.named_parameters():
+            if (kind := tensor_kind(name, parameter, settings)) in BITS:
+                self.groups.setdefault((BITS[kind], parameter.size(1)), []).append(name)
+        self.register_buffer("sharpness", torch.ones_like(model.tok_emb.weight[0, 0]), persistent=False)
 
     def sharpen(self, scale: float) -> None:
-        """Set how hard the soft rounding is at learning-rate scale `scale`."""
+        """Set how hard the soft rounding is at learning-rate scale `scale` (spec of #779, #834)."""
         kind, _, threshold = self.settings.qat_start.partition(":")
         self.sharpness.fill_(1 + 15 * max(0.0, 1 - scale / (float(threshold) if kind == "scale" else 1.0)))
 
-    def quantized(self, weight: Tensor, bits: int) -> Tensor:
-        """Return `weight` as the artifact would give it back, with a gradient to it."""
+    def round_trip(self, weight: Tensor, bits: int) -> Tensor:
+        """Return `weight` (R, C) as the artifact would give it back, with a gradient to it."""
         s, limit = self.settings, 2 ** (bits - 1) - 1
         integers, scale = quantize_rows(weight.detach(), bits, s.quant_search, s.quant_scale_floor)
         if not s.soft_round_qat:
@@ -1580,27 +1579,35 @@ class QuantizationAware(nn.Module):
         step = torch.tanh(self.sharpness * (scaled - below - 0.5)) / torch.tanh(self.sharpness / 2)
         return restore_rows((below + 0.5 + 0.5 * step).clamp(-limit, limit), scale)
 
+    def quantized(self) -> dict[str, Tensor]:
+        """Return all matrices that the artifact quantizes as it would give them back, by name."""
+        weights: dict[str, Tensor] = {}
+        for (bits, _), names in self.groups.items():
+            live = [self.model.get_parameter(name) for name in names]
+            rows = self.round_trip(torch.cat(live), bits).split([len(p) for p in live])
+            weights |= dict(zip(names, rows, strict=True))
+        return weights
+
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of the quantized model, as GPT.forward, and CROWN-Q (#779) on top.
 
         CROWN-Q: CROWN_Q_LAMBDA / 12 * sum over matrices of mean(w^2 d^2), d = largest |w| of the row / limit.
         """
-        live = {name: self.model.get_parameter(name) for name in self.bits}
-        quantized = {name: self.quantized(p, self.bits[name]) for name, p in live.items()}
-        loss = torch.func.functional_call(self.model, quantized, (ids, targets))
-        for name, p in live.items() if self.settings.crown_q_lambda else ():
-            if parameter_role(name, p) in ("matrix", "projection"):
-                steps = p.detach().abs().amax(dim=1, keepdim=True) / (2 ** (self.bits[name] - 1) - 1)
-                loss = loss + self.settings.crown_q_lambda / 12 * (p * steps).square().mean()
+        loss = torch.func.functional_call(self.model, self.quantized(), (ids, targets))
+        for (bits, _), names in self.groups.items() if self.settings.crown_q_lambda else ():
+            for name, p in ((name, self.model.get_parameter(name)) for name in names):
+                steps = p.detach().abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
+                counts = parameter_role(name, p) in ("matrix", "projection")
+                loss = loss + counts * self.settings.crown_q_lambda / 12 * (p * steps).square().mean()
         return loss
 
     @torch.no_grad()
     def effect(self) -> dict[str, float]:
         """Return how many matrices are quantized, the share of weights that this changes, and by how much."""
-        live = [(self.model.get_parameter(name), bits) for name, bits in self.bits.items()]
-        old = torch.cat([p.flatten() for p, _ in live]).double()
-        change = (torch.cat([self.quantized(p, bits).flatten() for p, bits in live]) - old).abs()
-        numbers = {"weights_changed": float((change > 0).double().mean()), "matrices": len(live)}
+        weights = self.quantized()
+        old = torch.cat([self.model.get_parameter(name).flatten() for name in weights]).double()
+        change = (torch.cat([weight.flatten() for weight in weights.values()]) - old).abs()
+        numbers = {"matrices": len(weights), "weights_changed": float((change > 0).double().mean())}
         return numbers | {"mean_relative_change": float(change.sum() / old.abs().sum())}
 
 

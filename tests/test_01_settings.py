@@ -200,7 +200,7 @@ ACTS = {
     "EMBED_BITS": "6",
     "LOOKUP_BITS": "5",
     "FP16_MAX_NUMEL": "600",
-    "QUANT_SEARCH": "row",
+    "QUANT_SEARCH": "1",
     "QUANT_SCALE_FLOOR": "1",
     "PRUNE_PCT": "0.3",
     "QAT_START": "step0",

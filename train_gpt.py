@@ -181,9 +181,8 @@ REFUSED_NAMES = {
     "CONTROL_TENSOR_NAME_PATTERNS": "parameter_role decides, unset it",
     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "parameter_role decides, unset it",
 }
-REFUSED_NAMES |= dict.fromkeys(
-    ("MUON_BETA2", "MIXER_ETA", "PPM_ALPHA", "USE_CACHE", "CACHE_ALPHA"), "nothing ever read it"
-)
+NEVER_READ = ("MUON_BETA2", "MIXER_ETA", "PPM_ALPHA", "USE_CACHE", "CACHE_ALPHA")
+REFUSED_NAMES |= dict.fromkeys(NEVER_READ, "nothing ever read it, unset it")
 REFUSED_NAMES |= {old: f"set {new}" for old, new in (pair.split(":") for pair in RENAMED.split())}
 
 
@@ -231,9 +230,7 @@ class Settings:
 
     # run and files
     recipe: str = setting("baseline", "named row of overrides", choices=tuple(RECIPES))
-    data_path: str = setting(
-        "./data/datasets/fineweb10B_sp1024", "folder of shards *_train_*.bin, *_val_*.bin"
-    )
+    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of *_train_*.bin and *_val_*.bin")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "tokenizer of the shards")
     run_id: str = setting("", "name of the run; empty: recipe, seed and time of start")
     run_dir: str = setting("", "folder for log, metrics, result and artifact; empty: runs/<RUN_ID>")
@@ -263,9 +260,7 @@ class Settings:
     mlp_mult: float = setting(2.0, "MLP width over MODEL_DIM", 0.01, 64.0, stored="shape")
     mlp_activation: str = choice("relu2 leaky2", "relu or leaky relu (slope 0.5), squared", "shape")
     tie_embeddings: bool = setting(True, "output matrix is the embedding", stored="shape")
-    logit_softcap: float = setting(
-        30.0, "logits are c * tanh(logits / c); 0: as is", 0.0, 1e4, stored="shape"
-    )
+    logit_softcap: float = setting(30.0, "c in c * tanh(logits / c); 0: off", 0.0, 1e4, stored="shape")
     rope_base: float = setting(10_000.0, "base of the rotary frequencies", 1.0, 1e9, stored="shape")
     rope_dims: int = setting(0, "channels of a head that rotate; 0: all", 0, 512, stored="shape")
     rope_ntk_length: int = setting(0, "length from which ROPE_BASE grows; 0: never", 0, 2**17, stored="shape")
@@ -301,7 +296,7 @@ class Settings:
     muon_wd: float = setting(0.0, "decoupled weight decay of Muon matrices", 0.0, 10.0)
     muon_wd_order: str = choice("before after", "decay of Muon matrices: before or after their update")
     muon_scope: str = choice("projection lookup matrix", "last of matrix, projection, lookup that Muon takes")
-    parallel_muon: bool = setting(False, "ranks scatter gradients and gather updates, overlapped")
+    parallel_muon: bool = setting(False, "sums of gradients are scattered over the ranks")
     adam_wd: float = setting(0.0, "decoupled weight decay of all other parameters", 0.0, 10.0)
     beta1: float = setting(0.9, "Adam, first moment", 0.0, 0.9999)
     beta2: float = setting(0.95, "Adam, second moment", 0.0, 0.999999)
@@ -461,14 +456,15 @@ class Process:
         if self.world_size == 1:
             return []
         if own_only and bank.is_cuda:
-            return [dist.reduce_scatter_tensor(self.own(bank), bank, async_op=True)]
+            chunks = list(bank.chunk(self.world_size))
+            return [dist.reduce_scatter(self.own(bank), chunks, async_op=True)]
         return [dist.all_reduce(bank, async_op=True)]
 
     def start_gather(self, bank: Tensor) -> list:
-        """Start filling `bank`, zero but for every rank's own slice, from all; wait for the handles."""
-        if self.world_size > 1 and bank.is_cuda:
-            return [dist.all_gather_into_tensor(bank, self.own(bank), async_op=True)]
-        return self.start_sum(bank, own_only=False)
+        """Start filling `bank` with every rank's own slice; wait for the handles."""
+        if self.world_size == 1:
+            return []
+        return [dist.all_gather(list(bank.chunk(self.world_size)), self.own(bank).clone(), async_op=True)]
 
     def agree(self, elapsed_ms: float, failure: Exception | None) -> float:
         """Return rank 0's `elapsed_ms` on every rank; raise on every rank if any rank brings a `failure`."""
@@ -517,9 +513,7 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
         texts = [mapping["RANK"], mapping["WORLD_SIZE"], mapping.get("LOCAL_RANK", mapping["RANK"])]
         numbers = [int(text) if text.isdecimal() else -1 for text in texts]
         if not 0 <= numbers[0] < numbers[1] or numbers[2] < 0 or "MASTER_ADDR" not in mapping:
-            raise SettingError(
-                f"RANK, WORLD_SIZE, LOCAL_RANK={texts} are not torchrun's; start with torchrun"
-            )
+            raise SettingError(f"RANK, WORLD_SIZE, LOCAL_RANK={texts} are not torchrun's; use torchrun")
     rank, world_size, local_rank = numbers
     slots, gpus = settings.micro_batch_slots, torch.cuda.device_count()
     if slots % world_size:
@@ -861,9 +855,7 @@ def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Datase
     tokenizer = carried or Tokenizer.load(Path(settings.tokenizer_path))
     size = len(tokenizer.pieces)
     if size != settings.vocab_size:
-        raise SettingError(
-            f"VOCAB_SIZE={settings.vocab_size} is not the tokenizer's {size} pieces; set it so"
-        )
+        raise SettingError(f"VOCAB_SIZE={settings.vocab_size} is not the tokenizer's {size} pieces; set that")
     if manifest and manifest["tokenizer"]["sha256"] != tokenizer.sha256:
         raise DataError(f"{folder}: its shards were made with another tokenizer; set TOKENIZER_PATH to it")
     shards = [open_shard(path) for path in paths]
@@ -1307,9 +1299,9 @@ class Muon:
 
     Update: buffer = momentum * buffer + gradient; u = orthogonalize(gradient + momentum * buffer);
     p = (1 - lr * decay) * p - lr * sqrt(max(1, rows / columns)) * u (Keller Jordan's Muon). Each rank
-    orthogonalizes its own slice of every bank. Plain: gradients are summed whole and waited for. Parallel
-    (#864): sums are scattered, so that they run while AdamW steps (unless it waits for the clipping norm),
-    and a bank's updates are gathered while the next bank is worked on. Both compute the same.
+    orthogonalizes its own slice of every bank. Sums of gradients run while AdamW steps (unless it needs the
+    clipping norm), a bank's updates travel while the next bank is worked on. PARALLEL_MUON (#864) scatters
+    the sums, each rank getting its slice; otherwise every rank gets all. Both compute the same.
     """
 
     def __init__(self, matrices: list[nn.Parameter], settings: Settings, process: Process) -> None:
@@ -1327,11 +1319,9 @@ class Muon:
                 matrix.grad = view
 
     def start_sums(self) -> None:
-        """Start adding the gradients over the ranks, the largest bank first; plain Muon waits for them."""
+        """Start adding the gradients over the ranks, the largest bank first."""
         for bank in self.banks:
             bank.arriving.extend(self.process.start_sum(bank.gradient, self.settings.parallel_muon))
-        if not self.settings.parallel_muon:
-            self.own_gradients()
 
     def own_gradients(self) -> list[Tensor]:
         """Wait for all sums; return this rank's slices of them."""
@@ -1359,10 +1349,9 @@ class Muon:
             gradient = self.process.own(bank.gradient)
             bank.momentum.mul_(momentum).add_(gradient)
             direction = gradient.add(bank.momentum, alpha=momentum)
-            bank.update.zero_()
             self.process.own(bank.update).copy_(orthogonalize(direction, self.settings.muon_backend_steps))
             leaving.append((bank, self.process.start_gather(bank.update)))
-            if self.settings.parallel_muon and len(leaving) > 1:
+            if len(leaving) > 1:
                 self._apply(*leaving.pop(0), lr)
         for bank, arriving in leaving:
             self._apply(bank, arriving, lr)
@@ -1492,8 +1481,7 @@ ARTIFACT_PREFIX = struct.Struct("<8sII")  # magic, version, bytes of the header
 MAX_HEADER_BYTES = 1_000_000
 MAX_PAYLOAD_BYTES = 2**30
 BITS = {"int8": 8, "int6": 6, "int5": 5}  # kinds of quantized tensors
-FLOATS = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}  # kinds of all others
-SCALE_TYPE = np.dtype("<f2")
+FLOATS = {"float16": "<f2", "float32": "<f4"}  # kinds of all others
 SMALLEST_SCALE = 2.0**-24  # least positive float16
 PERCENTILES = (1.0, 0.99999, 0.9999, 0.9995, 0.999)  # of a row's absolute values, where QUANT_SEARCH clips
 XZ_MAGIC = b"\xfd7zXZ\0"
@@ -1593,12 +1581,11 @@ class QuantizationAware(nn.Module):
 
         CROWN-Q: CROWN_Q_LAMBDA / 12 * sum over matrices of mean(w^2 d^2), d = largest |w| of the row / limit.
         """
-        loss = torch.func.functional_call(self.model, self.quantized(), (ids, targets))
-        for (bits, _), names in self.groups.items() if self.settings.crown_q_lambda else ():
-            for name, p in ((name, self.model.get_parameter(name)) for name in names):
-                steps = p.detach().abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
-                counts = parameter_role(name, p) in ("matrix", "projection")
-                loss = loss + counts * self.settings.crown_q_lambda / 12 * (p * steps).square().mean()
+        s, loss = self.settings, torch.func.functional_call(self.model, self.quantized(), (ids, targets))
+        for name, p in self.model.named_parameters() if s.crown_q_lambda else ():
+            if parameter_role(name, p) in ("matrix", "projection"):
+                steps = p.detach().abs().amax(dim=1, keepdim=True) / (2 ** (s.matrix_bits - 1) - 1)
+                loss = loss + s.crown_q_lambda / 12 * (p * steps).square().mean()
         return loss
 
     @torch.no_grad()
@@ -1609,6 +1596,12 @@ class QuantizationAware(nn.Module):
         change = (torch.cat([weight.flatten() for weight in weights.values()]) - old).abs()
         numbers = {"matrices": len(weights), "weights_changed": float((change > 0).double().mean())}
         return numbers | {"mean_relative_change": float(change.sum() / old.abs().sum())}
+
+
+def stored_parts(shape, kind: str) -> list[tuple[str, int]]:
+    """Return NumPy type and length of the arrays that stand for a tensor: integers and scales, or itself."""
+    count = math.prod(shape)
+    return [("|i1", count), ("<f2", shape[0])] if kind in BITS else [(FLOATS[kind], count)]
 
 
 def byte_planes(array: np.ndarray) -> bytes:
@@ -1652,29 +1645,24 @@ def pack_artifact(weights: dict[str, Tensor], settings: Settings, tokenizer: Tok
 
     Raises NonFiniteError where a weight is not a finite number of float16's range.
     """
-    tensors, integers, scales = [], [], []
-    floats: dict[str, list[np.ndarray]] = {kind: [] for kind in FLOATS}
+    tensors: list[list] = []
+    columns: dict[str, list[np.ndarray]] = {"|i1": [], "<f2": [], "<f4": []}
     for name, tensor in weights.items():
         kind, tensor = tensor_kind(name, tensor, settings), tensor.detach().float().cpu()
         tensors.append([name, list(tensor.shape), kind])
         if kind in BITS:
             search, floor = settings.quant_search, settings.quant_scale_floor
-            values, checked = quantize_rows(prune(tensor, settings.prune_pct), BITS[kind], search, floor)
-            integers.append(values.numpy().tobytes())
-            scales.append(checked.numpy().astype(SCALE_TYPE))
+            parts = quantize_rows(prune(tensor, settings.prune_pct), BITS[kind], search, floor)
         else:
-            checked = tensor.half() if kind == "float16" else tensor
-            floats[kind].append(checked.numpy().astype(FLOATS[kind]).reshape(-1))
-        if not bool(torch.isfinite(checked).all()):
+            parts = (tensor.half() if kind == "float16" else tensor,)
+        if not bool(torch.isfinite(parts[-1]).all()):
             raise NonFiniteError(f"{name}: a weight is infinite or no number; lower the learning rates")
+        for part, (dtype, _) in zip(parts, stored_parts(tensor.shape, kind), strict=True):
+            columns[dtype].append(part.numpy().astype(dtype).reshape(-1))
     embedded = tokenizer.source if embed else b""
-    groups = [byte_planes(np.concatenate(arrays)) for arrays in (scales, *floats.values()) if arrays]
-    payload = b"".join([*integers, *groups, embedded])
-    header = {
-        "settings": settings.stored_values(),
-        "tensors": tensors,
-        "tokenizer": {"sha256": tokenizer.sha256, "bytes": len(embedded)},
-    }
+    payload = b"".join([*(byte_planes(np.concatenate(c)) for c in columns.values() if c), embedded])
+    header = {"settings": settings.stored_values(), "tensors": tensors}
+    header["tokenizer"] = {"sha256": tokenizer.sha256, "bytes": len(embedded)}
     header_bytes = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
     prefix = ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(header_bytes))
     body = prefix + header_bytes + compress_smallest(payload, settings.compressor)
@@ -1734,21 +1722,20 @@ def expand_frame(frame: bytes, size: int) -> bytes:
 
 
 def unpack_tensors(tensors: list[tuple[str, list[int], str]], payload: io.BytesIO) -> dict[str, Tensor]:
-    """Return the float32 weights that the payload holds: all integers, all scales, then floats by kind."""
-    quantized = [(name, shape) for name, shape, kind in tensors if kind in BITS]
-    integers = [np.frombuffer(payload.read(math.prod(z)), np.int8).reshape(z) for _, z in quantized]
-    rows = [shape[0] for _, shape in quantized]
-    scales = from_byte_planes(payload.read(sum(rows) * SCALE_TYPE.itemsize), SCALE_TYPE)
-    found: dict[str, Tensor] = {}
-    scales = np.split(scales, np.cumsum(rows)[:-1])
-    for (name, _), values, scale in zip(quantized, integers, scales, strict=True):
-        found[name] = restore_rows(torch.from_numpy(values.copy()), torch.from_numpy(scale.copy()))
-    for float_kind, dtype in FLOATS.items():
-        sizes = {name: math.prod(shape) for name, shape, kind in tensors if kind == float_kind}
-        values = from_byte_planes(payload.read(sum(sizes.values()) * dtype.itemsize), dtype)
-        pieces = np.split(values.astype(np.float32), np.cumsum(list(sizes.values()))[:-1])
-        found |= {name: torch.from_numpy(piece) for name, piece in zip(sizes, pieces, strict=False)}
-    return {name: found[name].reshape(shape) for name, shape, _ in tensors}
+    """Return the float32 weights that the payload holds: all integers, then all float16, then all float32."""
+    layout = [part for _, shape, kind in tensors for part in stored_parts(shape, kind)]
+    columns, weights = {}, {}
+    for dtype in map(np.dtype, ("|i1", "<f2", "<f4")):
+        count = sum(count for stored, count in layout if stored == dtype.str)
+        columns[dtype.str] = from_byte_planes(payload.read(count * dtype.itemsize), dtype)
+    for name, shape, kind in tensors:
+        parts = []
+        for dtype, count in stored_parts(shape, kind):
+            part, columns[dtype] = np.split(columns[dtype], [count])
+            parts.append(torch.from_numpy(part.copy()))
+        parts[0] = parts[0].reshape(shape)
+        weights[name] = restore_rows(*parts) if kind in BITS else parts[0].float()
+    return weights
 
 
 def unpack_artifact(data: bytes) -> Artifact:
@@ -1769,9 +1756,8 @@ def unpack_artifact(data: bytes) -> Artifact:
     settings = stored_settings(header["settings"])
     tensors = check_tensors(header["tensors"], settings)
     tokenizer_sha256, embedded = header["tokenizer"]["sha256"], header["tokenizer"]["bytes"]
-    per_value = dict.fromkeys(BITS, 1) | {kind: dtype.itemsize for kind, dtype in FLOATS.items()}
-    needed = sum(math.prod(shape) * per_value[kind] for _, shape, kind in tensors)
-    needed += sum(shape[0] * SCALE_TYPE.itemsize for _, shape, kind in tensors if kind in BITS)
+    parts = [part for _, shape, kind in tensors for part in stored_parts(shape, kind)]
+    needed = sum(np.dtype(dtype).itemsize * count for dtype, count in parts)
     if type(embedded) is not int or not 0 <= embedded <= needed + embedded <= MAX_PAYLOAD_BYTES:
         raise ValueError(f"its header needs {needed} and {embedded!r} bytes, which no artifact has")
     payload = io.BytesIO(expand_frame(data[header_end:-32], needed + embedded))
@@ -1969,9 +1955,7 @@ def load_batches(
     return batches, process.agree(clock.read_ms(), failure)
 
 
-def warm_up(
-    model: GPT, losses: list, stream: TokenStream, settings: Settings, process: Process, log: Log
-) -> None:
+def warm_up(model: GPT, losses, stream: TokenStream, settings: Settings, process: Process, log: Log) -> None:
     """Run WARMUP_STEPS real steps of each of `losses` before the clock, then restore the weights.
 
     Primes compiler and caches: also of the loss that quantization-aware training switches to later.

@@ -82,7 +82,7 @@ def test_open_process_refuses_ranks_that_do_not_share_out():
 def test_open_process_refuses_ranks_that_torchrun_did_not_give(variables):
     settings = train_gpt.Settings.from_env({"RECIPE": "smoke"})
     with (
-        pytest.raises(train_gpt.SettingError, match="are not torchrun's; start with torchrun"),
+        pytest.raises(train_gpt.SettingError, match="are not torchrun's; use torchrun"),
         train_gpt.open_process(variables, settings),
     ):
         pass

@@ -1220,7 +1220,7 @@ def select_attention(settings: Settings, process: Process, log: Log) -> None:
 
 
 # ============================================================================================================
-# 5 OPTIMIZER. In: gradients summed over slots and ranks. Out: weights one step on. Muon (Newton-Schulz) for
+# 5 OPTIMIZER. In: gradients of slots, summed over ranks. Out: weights one step on. Muon (Newton-Schulz) for
 # the blocks' matrices, AdamW for the rest; every parameter is in exactly one group. Schedules are pure
 # functions of step and clock. The step queues work and never waits for the device.
 # ============================================================================================================
@@ -1470,9 +1470,10 @@ class Averages:
 
 # ============================================================================================================
 # 7 QUANTIZATION AND ARTIFACT. In: weights. Out: one file, and the weights that come back from it. The file
-# describes itself: magic, version, JSON header (settings, tensors, tokenizer), one zstd frame, SHA-256 of all
-# before it. No pickle, no time, path or host: same weights, same bytes. A file that is not exactly right is
-# refused with a message, before anything of the size it claims is allocated.
+# describes itself: magic, version, JSON header (settings, tensors, tokenizer), one zstd frame or xz stream,
+# SHA-256 of all before it. No pickle, no time, path or host: same weights, same bytes. A file that is not
+# exactly right is refused with a message, before anything of the size it claims is allocated. Training may
+# compute with what the file will hold: `QuantizationAware` calls the exporter's own quantizer.
 # ============================================================================================================
 
 ARTIFACT_MAGIC = b"GOLFGPT\n"
@@ -1971,10 +1972,11 @@ def warm_up(model: GPT, losses, stream: TokenStream, settings: Settings, process
         torch._foreach_copy_(list(model.parameters()), saved)
 
 
-def choose_weights(averages: Averages, model: GPT, batches: list[Tensor], process: Process, log: Log):
+def choose_weights(averages: Averages, model: GPT, batches: list, process: Process, log: Log) -> dict:
     """Return the weights to export, of several candidates those with the least loss on all ranks' `batches`.
 
-    These are the training tokens after the last step's: the choice never sees validation text.
+    These are the training tokens after the last step's, not trained on unless the stream has begun anew: the
+    choice never sees validation text.
     """
     candidates, losses = averages.candidates(), {}
     for name, weights in candidates.items() if len(candidates) > 1 else ():

@@ -285,9 +285,7 @@ def test_datasets_that_do_not_fit_together_are_refused(env, dataset_dir, tmp_pat
 
 
 def test_vocabulary_must_be_the_tokenizers(env):
-    with pytest.raises(
-        SettingError, match="VOCAB_SIZE=500 is not the tokenizer's 384 pieces; set that"
-    ):
+    with pytest.raises(SettingError, match="VOCAB_SIZE=500 is not the tokenizer's 384 pieces; set that"):
         load({**env, "VOCAB_SIZE": "500"})
 
 

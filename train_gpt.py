@@ -399,8 +399,9 @@ class Settings:
 
     @property
     def value_layers(self) -> tuple[float, ...]:
-        """Blocks with a value embedding; what is not a number lies beyond every model."""
-        return tuple(int(x) if x.isdecimal() else math.inf for x in self.ve_layers.split(",") if x)
+        """Blocks with a value embedding, in order; what is not a number lies beyond every model."""
+        layers = {int(x) if x.isdecimal() else math.inf for x in self.ve_layers.split(",") if x}
+        return tuple(sorted(layers))
 
     @property
     def window(self) -> int:
@@ -937,8 +938,7 @@ class Attention(nn.Module):
     def __init__(self, settings: Settings, exclusive: bool) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = settings.num_heads, settings.num_kv_heads
-        self.exclusive = exclusive
-        kv_dim = settings.num_kv_heads * settings.head_dim
+        self.exclusive, kv_dim = exclusive, settings.num_kv_heads * settings.head_dim
         self.c_q = nn.Linear(settings.model_dim, settings.model_dim, bias=False)
         self.c_k = nn.Linear(settings.model_dim, kv_dim, bias=False)
         self.c_v = nn.Linear(settings.model_dim, kv_dim, bias=False)
@@ -947,9 +947,7 @@ class Attention(nn.Module):
         self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) if settings.value_residual else None
         self.attn_gate = gate(settings.model_dim, self.num_heads, 4.0) if settings.gated_attn else None
 
-    def forward(
-        self, x: Tensor, rotary: Tensor, extra: Tensor | None = None, first: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, rotary: Tensor, extra=None, first=None) -> tuple[Tensor, Tensor]:
         """Return the attention branch for x (B, T, D), and the first block's values (B, T, K * D / H).
 
         `extra`: a value embedding to add to this block's values; `first`: None in the first block.
@@ -960,8 +958,7 @@ class Attention(nn.Module):
         v = self.c_v(x) if extra is None else self.c_v(x) + extra
         first = v if first is None else first
         if self.vr_lambda is not None:
-            mix = self.vr_lambda.to(v.dtype)
-            v = mix[0] * first + mix[1] * v
+            v = self.vr_lambda[0].to(v.dtype) * first + self.vr_lambda[1].to(v.dtype) * v
         v = v.view(B, T, self.num_kv_heads, -1).transpose(1, 2)
         q = apply_rotary(rms_norm(q), rotary) * self.q_gain.to(q.dtype)[:, None, None]
         k = apply_rotary(rms_norm(k), rotary)
@@ -1085,28 +1082,26 @@ class GPT(nn.Module):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
-        self.settings, s, dim = settings, settings, settings.model_dim
+        self.settings, s, D, V = settings, settings, settings.model_dim, settings.vocab_size
         self.num_encoder = (s.num_layers + (s.unet_longer_half == "encoder")) // 2
-        self.tok_emb = nn.Embedding(s.vocab_size, dim)
+        self.tok_emb = nn.Embedding(V, D)
         nn.init.normal_(self.tok_emb.weight, std=s.tied_embed_init_std)
         self.blocks = nn.ModuleList(Block(s, layer) for layer in range(s.num_layers))
-        self.skip_weights = nn.Parameter(torch.ones(s.num_layers // 2, dim))
-        heads = s.mtp_num_heads + (not s.tie_embeddings)
-        heads = [nn.Linear(dim, s.vocab_size, bias=False) for _ in range(heads)]
-        self.lm_head = None if s.tie_embeddings else heads.pop(0)
-        self.mtp_heads = nn.ModuleList(heads)
+        self.skip_weights = nn.Parameter(torch.ones(s.num_layers // 2, D))
+        self.lm_head = None if s.tie_embeddings else nn.Linear(D, V, bias=False)
+        self.mtp_heads = nn.ModuleList(nn.Linear(D, V, bias=False) for _ in range(s.mtp_num_heads))
         self.bigram = self.ve_shared = self.smear_gate = self.pre_enrich = None
         if s.bigram_vocab_size:
             start = {"xor": (0.0, 0.05), "linear": (0.01, None)}[s.bigram_hash]
-            self.bigram = Lookup(s.bigram_vocab_size, s.bigram_dim, dim, *start)
+            self.bigram = Lookup(s.bigram_vocab_size, s.bigram_dim, D, *start)
         if s.value_layers:
-            self.ve_shared = Lookup(s.vocab_size, s.ve_dim, s.num_kv_heads * s.head_dim, 0.01, 0.1)
-            self.ve_layer_scales = nn.Parameter(torch.ones(s.num_layers)[list(s.value_layers)])
+            self.ve_shared = Lookup(V, s.ve_dim, s.num_kv_heads * s.head_dim, 0.01, 0.1)
+            self.ve_layer_scales = nn.Parameter(torch.ones(len(s.value_layers)))
         if s.smear_gate != "off":
-            self.smear_gate = nn.Parameter(torch.full((dim,), {"half": 0.0, "twentieth": -3.0}[s.smear_gate]))
+            self.smear_gate = nn.Parameter(torch.full((D,), {"half": 0.0, "twentieth": -3.0}[s.smear_gate]))
         if s.pre_enrich_dim:
-            up = nn.Linear(dim, s.pre_enrich_dim, bias=False)
-            self.pre_enrich = nn.Sequential(up, nn.GELU(), nn.Linear(s.pre_enrich_dim, dim, bias=False))
+            up = nn.Linear(D, s.pre_enrich_dim, bias=False)
+            self.pre_enrich = nn.Sequential(up, nn.GELU(), nn.Linear(s.pre_enrich_dim, D, bias=False))
         initialize(self, s)
         for length in {s.train_seq_len, s.window}:
             tables = rotary_tables(length, s.rope_dims or s.head_dim, s.rope_base, s.rope_ntk_length)
@@ -1138,15 +1133,15 @@ class GPT(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         length = min(n for n in (s.train_seq_len, s.window) if n >= ids.size(1))
         rotary, x0, first = self.get_buffer(f"rotary_{length}"), x, None
-        values = None if self.ve_shared is None else self.ve_shared(ids)
+        values: dict[int, Tensor] = {}
+        if self.ve_shared is not None:
+            shared, scales = self.ve_shared(ids), self.ve_layer_scales
+            values = {n: w.to(shared.dtype) * shared for n, w in zip(s.value_layers, scales, strict=True)}
         skips: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             if index >= self.num_encoder and skips:
                 x = x + self.skip_weights[index - self.num_encoder].to(x.dtype) * skips.pop()
-            extra = None
-            if index in s.value_layers:
-                extra = self.ve_layer_scales[s.value_layers.index(index)].to(values.dtype) * values
-            x, first = block(x, x0, rotary, extra, first)
+            x, first = block(x, x0, rotary, values.get(index), first)
             if index < self.num_encoder:
                 skips.append(x)
         return rms_norm(x if last is None else x[:, x.size(1) - last :])
@@ -1369,12 +1364,11 @@ class Optimizers:
         embed_lr = settings.tied_embed_lr if settings.tie_embeddings else settings.embed_lr
         rates = {"embedding": embed_lr, "lookup": embed_lr, "head": settings.head_lr}
         rates |= {"scalar": settings.scalar_lr, "projection": settings.scalar_lr, "matrix": 0.0}
-        order = ("matrix", "projection", "lookup")
         roles: dict[str, list[nn.Parameter]] = {role: [] for role in rates}
         for name, parameter in named:
             roles[parameter_role(name, parameter)].append(parameter)
-        taken = order[: order.index(settings.muon_scope) + 1]
-        matrices = [p for role in taken for p in roles.pop(role)]
+        order = ("matrix", "projection", "lookup")
+        matrices = [p for role in order[: order.index(settings.muon_scope) + 1] for p in roles.pop(role)]
         groups = [{"params": roles[role], "base_lr": rates[role]} for role in roles if roles[role]]
         others = [p for group in groups for p in group["params"]]
         assert len(matrices) + len(others) == len(named) == len({id(p) for p in matrices + others})

@@ -3,8 +3,8 @@
 One file, read from top to bottom; every section uses only what stands above it.
 
     environment -> Settings -> shards -> GPT.logits -> Optimizers -> Averages -> artifact.bin --(disk)--> GPT
-                                                                                                      |
-                          result.json <- Ledger (nats, tokens, bytes) <- ScoredChunk <----------------+
+                                                                                                           |
+                          result.json <- Ledger (nats, tokens, bytes) <------------------------------------+
 
     section                        comes in                  goes out
     1  SETTINGS                    environment mapping       Settings, frozen and checked

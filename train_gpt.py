@@ -4,7 +4,7 @@ One file, read from top to bottom; every section uses only what stands above it.
 
     environment -> Settings -> shards -> GPT.logits -> Optimizers -> Averages -> artifact.bin --(disk)--> GPT
                                                                                                            |
-                          result.json <- Ledger (nats, tokens, bytes) <------------------------------------+
+                          result.json <- Ledger (nats, tokens, bytes) <- ScoredChunk <---------------------+
 
     section                        comes in                  goes out
     1  SETTINGS                    environment mapping       Settings, frozen and checked

@@ -428,7 +428,7 @@ def test_weights_are_chosen_on_training_tokens_that_were_not_trained_on(env, mon
     for name, weights in kept.items():
         model.load_state_dict(weights)
         batches = [stream.batch(9, slot).long() for slot in range(2)]
-        expected[name] = sum(float(model(ids[:, :-1], ids[:, 1:])) for ids in batches) / 2
+        expected[name] = sum(model(ids[:, :-1], ids[:, 1:]).item() for ids in batches) / 2
     (event,) = metrics_of(env, "average")
     for name in ("raw", "ema", "swa"):
         assert event[f"held_out_train_loss_{name}"] == pytest.approx(expected[name], abs=1e-6)

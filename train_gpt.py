@@ -2,9 +2,9 @@
 
 One file, read from top to bottom; every section uses only what stands above it.
 
-    environment -> Settings -> shards -> GPT.logits -> Optimizers -> Ema -> artifact.bin --(disk)--> GPT
-                                                                                                      |
-             result.json <- Ledger (nats, tokens, bytes) <- mix(Recall) <- ScoredChunk <--------------+
+    environment -> Settings -> shards -> GPT.logits -> Optimizers -> Averages -> artifact.bin --(disk)--> GPT
+                                                                                                           |
+             result.json <- Ledger (nats, tokens, bytes) <- mix(Recall) <- ScoredChunk <-------------------+
 
     section                        comes in                  goes out
     1  SETTINGS                    environment mapping       Settings, frozen and checked
@@ -106,7 +106,22 @@ class NonFiniteError(RunError):
     exit_code = 6
 
 
-# Recipes are written as a person would type them; several variables to a line, blanks between.
+# What the five reference submissions share; the four with 11 layers; 890, 779 and 834; the last two.
+REFERENCE = """
+    TRAIN_SEQ_LEN=2048 WARMDOWN_ITERS=3500 TIED_EMBED_LR=0.035 MATRIX_LR=0.025 SCALAR_LR=0.025
+    MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500
+    MUON_WD=0.04 ADAM_WD=0.04 QUANT_SEARCH=1 QUANT_SCALE_FLOOR=1 FP16_MAX_NUMEL=65536
+"""
+ELEVEN = f"""{REFERENCE}
+    NUM_LAYERS=11 MLP_ACTIVATION=leaky2 ROPE_DIMS=16 ROPE_NTK_LENGTH=1024 SMEAR_GATE=half GRAD_CLIP_NORM=0.3
+    TRAIN_BATCH_TOKENS=786432 VAL_LOSS_EVERY=4000 TRAIN_LOG_EVERY=500 AVERAGE=best
+"""
+WIDE = f"""{ELEVEN}
+    NUM_KV_HEADS=8 MLP_MULT=3.5 LN_SCALE=norm VE_LAYERS=9,10 XSA_LAST_N=11 MATRIX_INIT=scaled
+    QAT_START=scale:0.5 MATRIX_BITS=5
+"""
+PRUNED = f"{WIDE} BIGRAM_VOCAB_SIZE=6144 MAX_WALLCLOCK_SECONDS=582 PRUNE_PCT=0.08 CROWN_Q_LAMBDA=0.01"
+# Recipes are written as a person would type them; several variables to a line, blanks between, the last wins.
 RECIPES = {
     # The contest's 9-layer baseline, 17,059,912 parameters: every default.
     "baseline": "",
@@ -126,9 +141,39 @@ RECIPES = {
         TRAIN_BATCH_TOKENS=512 TRAIN_SEQ_LEN=32 MICRO_BATCH_SLOTS=2 DATA_LANES=4
         TRAIN_LOG_EVERY=2 VAL_LOSS_EVERY=2 VAL_BATCH_SIZE=1024 EVAL_STRIDE=8 EMA_DECAY=0.8
     """,
+    # The five reference submissions, by pull request of openai/parameter-golf: what their code does, not what
+    # their READMEs say. Repaired where the code never acted: quantization-aware training (the compiler had
+    # folded its switch away, or no weight passed through it) acts, uses the exporter's own quantizer and
+    # reaches the embeddings; SWA, collected and dropped by 890, 779 and 834, is a candidate for the export;
+    # weights are chosen on held-out training tokens (864: on validation text); the gradient norm that is
+    # clipped is global (864: local). 779's and 834's READMEs name a value residual and gated attention, their
+    # code has neither. Gains are stored as float32 (890, 779, 834: float16), percentiles searched per row.
+    "pr890": f"{WIDE} BIGRAM_VOCAB_SIZE=4096 EVAL_STRIDE=32",
+    "pr810": f"""{REFERENCE}
+        NUM_LAYERS=10 MLP_MULT=3 SMEAR_GATE=twentieth BIGRAM_VOCAB_SIZE=2048 BIGRAM_HASH=linear XSA_LAST_N=4
+        PRE_ENRICH_DIM=768 UNET_LONGER_HALF=encoder EMBED_INIT=overtone MUON_SCOPE=lookup MUON_WD_ORDER=after
+        AVERAGE=mean QAT_START=step0 MATRIX_BITS=6 LOOKUP_BITS=6 EMBED_BITS=16 COMPRESSOR=lzma
+    """,
+    # Both leave 18 seconds of the clock to the export.
+    "pr779": PRUNED,
+    # Its learned gate head, 3,591 parameters more, belongs to its n-gram rule.
+    "pr834": PRUNED,
+    # BIGRAM_VOCAB_SIZE=1536 is the model of its seeds 42 and 2024. The first block's value-residual weights,
+    # which nothing read, act: that block mixes its values with themselves.
+    "pr864": f"""{ELEVEN}
+        MLP_MULT=3 BIGRAM_VOCAB_SIZE=1024 XSA_LAST_N=4 VALUE_RESIDUAL=1 GATED_ATTN=1 MATRIX_INIT=orthogonal
+        PARALLEL_MUON=1 MUON_SCOPE=matrix SWA_SOURCE=ema QAT_START=time:0.85 MATRIX_BITS=6 LOOKUP_BITS=6
+        EMBED_BITS=16
+    """,
 }
 
-# Names of other submissions for what has one name here, and names that no submission ever read.
+# Names of other submissions for what has one name here, old:new, and names that no submission ever read.
+RENAMED = """
+    LEAKY_RELU:MLP_ACTIVATION MLP_MULT_ENCODER:MLP_MULT MLP_MULT_DECODER:MLP_MULT VE_ENABLED:VE_LAYERS
+    USE_BIGRAMHASH:BIGRAM_VOCAB_SIZE USE_SMEARGATE:SMEAR_GATE USE_VALUE_RESIDUAL:VALUE_RESIDUAL
+    USE_GATED_ATTENTION:GATED_ATTN SWA_ENABLED:AVERAGE SWA_START_FRAC:SWA_START_SCALE QAT_ENABLED:QAT_START
+    LATE_QAT_THRESHOLD:QAT_START USE_LATE_QAT:QAT_START QAT_TIME_FRAC:QAT_START INT6_LAST_N:MATRIX_BITS
+"""
 REFUSED_NAMES = {
     "USE_EMA": "set EMA_DECAY, 0 switches the average off",
     "TTT_ONLY": "set EVAL_ONLY to an artifact",
@@ -138,13 +183,14 @@ REFUSED_NAMES = {
     "GRAD_ACCUM_STEPS": "set MICRO_BATCH_SLOTS, the ranks share its slots",
     "CONTROL_TENSOR_NAME_PATTERNS": "parameter_role decides, unset it",
     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "parameter_role decides, unset it",
-} | dict.fromkeys(
-    ("MUON_BETA2", "MIXER_ETA", "PPM_ALPHA", "USE_CACHE", "CACHE_ALPHA"), "nothing ever read it, unset it"
-)
+}
+NEVER_READ = ("MUON_BETA2", "MIXER_ETA", "PPM_ALPHA", "USE_CACHE", "CACHE_ALPHA")
+REFUSED_NAMES |= dict.fromkeys(NEVER_READ, "nothing ever read it, unset it")
+REFUSED_NAMES |= {old: f"set {new}" for old, new in (pair.split(":") for pair in RENAMED.split())}
 
 
 # Variables of other tools whose names come close to a setting's.
-OTHER_TOOLS = {"COMPILER", "MODEL_DIR", "DATASET_PATH"}
+OTHER_TOOLS = {"COMPILER", "MODEL_DIR", "DATASET_PATH", "OMP_NUM_THREADS"}
 
 
 def setting(default, doc: str, low=None, high=None, choices=None, stored: str = ""):
@@ -155,6 +201,11 @@ def setting(default, doc: str, low=None, high=None, choices=None, stored: str = 
     """
     rule = {"doc": doc, "low": low, "high": high, "choices": choices, "stored": stored}
     return dataclasses.field(default=default, metadata=rule)
+
+
+def choice(options: str, doc: str, stored: str = ""):
+    """Return a field whose value is one of the words of `options`, at first the first of them."""
+    return setting(options.split()[0], doc, choices=tuple(options.split()), stored=stored)
 
 
 def parse_setting(field: dataclasses.Field, text: str):
@@ -182,16 +233,14 @@ class Settings:
 
     # run and files
     recipe: str = setting("baseline", "named row of overrides", choices=tuple(RECIPES))
-    data_path: str = setting(
-        "./data/datasets/fineweb10B_sp1024", "folder of *_train_*.bin, *_val_*.bin shards"
-    )
+    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of *_train_*.bin and *_val_*.bin")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "tokenizer of the shards")
     run_id: str = setting("", "name of the run; empty: recipe, seed and time of start")
     run_dir: str = setting("", "folder for log, metrics, result and artifact; empty: runs/<RUN_ID>")
     eval_only: str = setting("", "artifact to score instead of training one")
     seed: int = setting(1337, "seed of every random number", 0, 2**31 - 1)
-    compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
-    attention: str = setting("auto", "attention kernel", choices=("auto", "sdpa", "fa3", "fa4"))
+    compile: str = choice("auto 0 1", "torch.compile; auto: on CUDA only")
+    attention: str = choice("auto sdpa fa3 fa4", "attention kernel")
     artifact_limit_bytes: int = setting(16_000_000, "limit for code and weights together", 1)
     # training
     iterations: int = setting(20_000, "optimizer steps at most", 1)
@@ -212,13 +261,31 @@ class Settings:
     num_heads: int = setting(8, "query heads", 1, 1_024, stored="shape")
     num_kv_heads: int = setting(4, "key and value heads (grouped-query attention)", 1, 1_024, stored="shape")
     mlp_mult: float = setting(2.0, "MLP width over MODEL_DIM", 0.01, 64.0, stored="shape")
+    mlp_activation: str = choice("relu2 leaky2", "relu or leaky relu (slope 0.5), squared", "shape")
     tie_embeddings: bool = setting(True, "output matrix is the embedding", stored="shape")
-    logit_softcap: float = setting(
-        30.0, "logits are c * tanh(logits / c); 0: as they are", 0.0, 1e4, stored="shape"
-    )
+    logit_softcap: float = setting(30.0, "c in c * tanh(logits / c); 0: off", 0.0, 1e4, stored="shape")
     rope_base: float = setting(10_000.0, "base of the rotary frequencies", 1.0, 1e9, stored="shape")
+    rope_dims: int = setting(0, "channels of a head that rotate; 0: all", 0, 512, stored="shape")
+    rope_ntk_length: int = setting(0, "length from which ROPE_BASE grows; 0: never", 0, 2**17, stored="shape")
+    xsa_last_n: int = setting(0, "last blocks with exclusive self attention", 0, 256, stored="shape")
+    value_residual: bool = setting(False, "values mix with the first block's", stored="shape")
+    gated_attn: bool = setting(False, "a gate per token and head on attention", stored="shape")
+    dtg_enabled: bool = setting(False, "a gate per token on each block's change", stored="shape")
+    ln_scale: str = choice("off norm branch", "1 / sqrt(block's place) on norms or branches", "shape")
+    unet_longer_half: str = choice("decoder encoder", "half that has the odd block", "shape")
+    bigram_vocab_size: int = setting(0, "rows of the hashed bigram table; 0: none", 0, 2**20, stored="shape")
+    bigram_dim: int = setting(128, "width of the bigram table", 1, 2**14, stored="shape")
+    bigram_hash: str = choice("xor linear", "form of hash and table; xor: scaled, starts at zero", "shape")
+    smear_gate: str = choice("off half twentieth", "initial share of the token before", "shape")
+    pre_enrich_dim: int = setting(0, "width of the MLP before the blocks; 0: none", 0, 2**14, stored="shape")
+    ve_layers: str = setting("", "blocks with a value embedding, as in 9,10", stored="shape")
+    ve_dim: int = setting(128, "width of the value embedding", 1, 2**14, stored="shape")
+    mtp_num_heads: int = setting(0, "training-only heads for tokens further ahead", 0, 64)
+    mtp_loss_weight: float = setting(0.2, "weight of their mean loss", 0.0, 100.0)
     qk_gain_init: float = setting(1.5, "initial gain of each query head", 0.0, 100.0)
     tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding", 0.0, 10.0)
+    embed_init: str = choice("normal overtone", "spectrum of the initial embedding")
+    matrix_init: str = choice("uniform orthogonal scaled", "scaled: orthogonal, projections of tables less")
     # optimizer
     tied_embed_lr: float = setting(0.05, "Adam, embedding when tied", 0.0, 10.0)
     embed_lr: float = setting(0.6, "Adam, embedding when not tied", 0.0, 10.0)
@@ -230,15 +297,33 @@ class Settings:
     muon_momentum_warmup_steps: int = setting(500, "length of the momentum ramp in steps", 0)
     muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1, 50)
     muon_wd: float = setting(0.0, "decoupled weight decay of Muon matrices", 0.0, 10.0)
+    muon_wd_order: str = choice("before after", "decay of Muon matrices: before or after their update")
+    muon_scope: str = choice("projection lookup matrix", "last of matrix, projection, lookup that Muon takes")
+    parallel_muon: bool = setting(False, "sums of gradients are scattered over the ranks")
     adam_wd: float = setting(0.0, "decoupled weight decay of all other parameters", 0.0, 10.0)
     beta1: float = setting(0.9, "Adam, first moment", 0.0, 0.9999)
     beta2: float = setting(0.95, "Adam, second moment", 0.0, 0.999999)
     adam_eps: float = setting(1e-8, "Adam, denominator", 1e-16, 1.0)
     grad_clip_norm: float = setting(0.0, "global norm of the averaged gradient at most; 0: off", 0.0)
-    # averaging, artifact, scoring
+    # averaging
     ema_decay: float = setting(0.997, "exponential average of the weights; 0: off", 0.0, 0.999999)
+    average: str = choice("ema swa mean best", "weights to export; best: on held-out training tokens")
+    swa_source: str = choice("raw ema", "what SWA averages")
+    swa_every: int = setting(50, "steps between its snapshots", 1)
+    swa_start_scale: float = setting(0.2, "learning-rate scale below which they are taken", 0.0, 2.0)
+    # quantization and artifact
     matrix_bits: int = setting(8, "bits of a quantized block matrix", choices=(5, 6, 8))
-    embed_bits: int = setting(8, "bits of quantized embedding and output matrix", choices=(5, 6, 8))
+    embed_bits: int = setting(8, "bits of embedding and output matrix", choices=(5, 6, 8, 16))
+    lookup_bits: int = setting(8, "bits of bigram and value tables", choices=(5, 6, 8, 16))
+    fp16_max_numel: int = setting(0, "matrices up to so many elements stay float16", 0)
+    quant_search: bool = setting(False, "clip each row at the percentile of least error")
+    quant_scale_floor: bool = setting(False, "scales are 1 / largest integer at least")
+    prune_pct: float = setting(0.0, "share of a quantized matrix's smallest weights made 0", 0.0, 0.99)
+    qat_start: str = setting("off", "quantization-aware training: off, step0, scale:<x> or time:<x>")
+    soft_round_qat: bool = setting(False, "its rounding is soft and hardens, instead of straight-through")
+    crown_q_lambda: float = setting(0.0, "weight of its penalty on wide rows", 0.0, 1e6)
+    compressor: str = choice("zstd lzma", "of the artifact")
+    # scoring
     eval_seq_len: int = setting(0, "tokens of a scoring window; 0: TRAIN_SEQ_LEN", 0, 2**17, stored="scoring")
     eval_stride: int = setting(64, "targets priced by each window but the first", 1, 2**17, stored="scoring")
 
@@ -295,6 +380,10 @@ class Settings:
         row = self.micro_batch_slots * self.train_seq_len
         ragged = not self.eval_only and self.train_batch_tokens % row
         val_row, kv_heads = self.micro_batch_slots * self.window, self.num_kv_heads
+        layers, sequence, dims = self.num_layers, self.train_seq_len, self.rope_dims
+        qat = re.fullmatch(r"off|step0|(scale|time):(0\.\d+|1)", self.qat_start)
+        no_ema = not self.ema_decay and (self.average == "mean" or self.swa_source == "ema")
+        no_qat = self.qat_start == "off" and (self.soft_round_qat or self.crown_q_lambda)
         rules = (
             ("MODEL_DIM", self.model_dim % self.num_heads, "a multiple of NUM_HEADS", self.num_heads),
             ("NUM_HEADS", self.num_heads % kv_heads, "a multiple of NUM_KV_HEADS", kv_heads),
@@ -303,11 +392,18 @@ class Settings:
             ("TRAIN_BATCH_TOKENS", ragged, "a multiple of slots times sequence", row),
             ("VAL_BATCH_SIZE", self.val_batch_size < val_row, "at least MICRO_BATCH_SLOTS windows", val_row),
             ("EVAL_STRIDE", self.eval_stride > self.window, "at most the scoring window", self.window),
+            ("XSA_LAST_N", self.xsa_last_n > layers, "at most NUM_LAYERS", layers),
+            ("VE_LAYERS", max(self.value_layers, default=0) >= layers, "numbers below NUM_LAYERS", layers),
+            ("ROPE_DIMS", dims % 2 or dims > self.head_dim, "even, at most a head's channels", self.head_dim),
+            ("MTP_NUM_HEADS", self.mtp_num_heads >= sequence, "below TRAIN_SEQ_LEN", sequence),
+            ("EMA_DECAY", no_ema, "above 0 for AVERAGE=mean and SWA_SOURCE=ema", self.average),
+            ("QAT_START", not qat, "off, step0, scale:<x> or time:<x> with x at most", 1),
+            ("QAT_START", no_qat, "on for SOFT_ROUND_QAT and CROWN_Q_LAMBDA", self.crown_q_lambda),
         )
         for name, broken, rule, number in rules:
             if broken:
                 value = getattr(self, name.lower())
-                raise SettingError(f"{name}={value!r} must be {rule}, {number}; change one of them")
+                raise SettingError(f"{name}={value!r} must be {rule} ({number}); change one of them")
 
     @property
     def head_dim(self) -> int:
@@ -318,6 +414,12 @@ class Settings:
     def mlp_dim(self) -> int:
         """Hidden width of an MLP."""
         return max(1, round(self.mlp_mult * self.model_dim))
+
+    @property
+    def value_layers(self) -> tuple[float, ...]:
+        """Blocks with a value embedding, in order; what is not a number lies beyond every model."""
+        layers = {int(x) if x.isdecimal() else math.inf for x in self.ve_layers.split(",") if x}
+        return tuple(sorted(layers))
 
     @property
     def window(self) -> int:
@@ -360,6 +462,28 @@ class Process:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def own(self, bank: Tensor) -> Tensor:
+        """Return this rank's slice of a bank whose length the number of ranks divides."""
+        return bank.chunk(self.world_size)[self.rank]
+
+    def start_sum(self, bank: Tensor, own_only: bool) -> list:
+        """Start adding `bank` over all ranks, in place; wait for the handles. `own_only`: just `own(bank)`.
+
+        Where ranks have no GPU the sum is whole in any case: gloo has not always had a reduce-scatter.
+        """
+        if self.world_size == 1:
+            return []
+        if own_only and bank.is_cuda:
+            chunks = list(bank.chunk(self.world_size))
+            return [dist.reduce_scatter(self.own(bank), chunks, async_op=True)]
+        return [dist.all_reduce(bank, async_op=True)]
+
+    def start_gather(self, bank: Tensor) -> list:
+        """Start filling `bank` with every rank's own slice; wait for the handles."""
+        if self.world_size == 1:
+            return []
+        return [dist.all_gather(list(bank.chunk(self.world_size)), self.own(bank).clone(), async_op=True)]
 
     def agree(self, elapsed_ms: float, failure: Exception | None) -> float:
         """Return rank 0's `elapsed_ms` on every rank; raise on every rank if any rank brings a `failure`."""
@@ -408,9 +532,7 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
         texts = [mapping["RANK"], mapping["WORLD_SIZE"], mapping.get("LOCAL_RANK", mapping["RANK"])]
         numbers = [int(text) if text.isdecimal() else -1 for text in texts]
         if not 0 <= numbers[0] < numbers[1] or numbers[2] < 0 or "MASTER_ADDR" not in mapping:
-            raise SettingError(
-                f"RANK, WORLD_SIZE, LOCAL_RANK={texts} are not torchrun's; start it with torchrun"
-            )
+            raise SettingError(f"RANK, WORLD_SIZE, LOCAL_RANK={texts} are not torchrun's; use torchrun")
     rank, world_size, local_rank = numbers
     slots, gpus = settings.micro_batch_slots, torch.cuda.device_count()
     if slots % world_size:
@@ -753,9 +875,7 @@ def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Datase
     tokenizer = carried or Tokenizer.load(Path(settings.tokenizer_path))
     size = len(tokenizer.pieces)
     if size != settings.vocab_size:
-        raise SettingError(
-            f"VOCAB_SIZE={settings.vocab_size} is not the tokenizer's {size} pieces; set it to that"
-        )
+        raise SettingError(f"VOCAB_SIZE={settings.vocab_size} is not the tokenizer's {size} pieces; set that")
     if manifest and manifest["tokenizer"]["sha256"] != tokenizer.sha256:
         raise DataError(f"{folder}: its shards were made with another tokenizer; set TOKENIZER_PATH to it")
     shards = [open_shard(path) for path in paths]
@@ -771,9 +891,7 @@ def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Datase
         if stated["sha256"] != hashes["val_sha256"]:
             raise DataError(f"{folder}: manifest.json describes other validation shards; make it anew")
         if stated["bytes"] != size:
-            raise DataError(
-                f"{folder}: {stated['bytes']} raw validation bytes, {size} in tokens; make it anew"
-            )
+            raise DataError(f"{folder}: {stated['bytes']} raw val bytes, {size} in tokens; make it anew")
         hashes["train_sha256"] = manifest["splits"]["train"]["sha256"]
     stream = None if settings.eval_only else TokenStream(find_shards(folder, "train"), settings)
     target_bytes = table.lengths(val_tokens[:-1], val_tokens[1:])
@@ -786,89 +904,196 @@ def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Datase
 # V vocabulary. Parameter names are the contest's. Guards causality: no position sees a later one.
 # ============================================================================================================
 
-NORM_EPSILON = (
-    1.19e-7  # float32 machine epsilon, written out: the default of F.rms_norm varies with version and dtype
-)
+NORM_EPSILON = 1.19e-7  # of float32, written out: the default of F.rms_norm varies with version and dtype
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """Return x / sqrt(mean(x^2) + eps) over the last axis, without a learned gain."""
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPSILON).to(x.dtype)
+def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
+    """Return scale * x / sqrt(mean(x^2) + eps) over the last axis, without a learned gain."""
+    x = F.rms_norm(x, (x.size(-1),), eps=NORM_EPSILON).to(x.dtype)
+    return x if scale == 1.0 else scale * x
 
 
-def rotary_tables(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the rotary angles, each (length, head_dim / 2) float32 (arXiv 2104.09864)."""
-    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+def rotary_tables(length: int, dims: int, base: float, ntk_length: int = 0) -> Tensor:
+    """Return cos and sin of the rotary angles, (2, length, dims / 2) float32 (arXiv 2104.09864).
+
+    Beyond `ntk_length`, if that is set, the base grows by (length / ntk_length)^(dims / (dims - 2)): the
+    slowest channel turns no further than it did at ntk_length ("NTK-aware" scaling).
+    """
+    if 0 < ntk_length < length:
+        base *= (length / ntk_length) ** (dims / max(dims - 2, 1))
+    frequencies = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
     angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
-    return angles.cos().float(), angles.sin().float()
+    return torch.stack((angles.cos().float(), angles.sin().float()))
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, H, T, D) by position; channel i pairs with channel i + D / 2."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos[: x.size(-2)].to(x.dtype), sin[: x.size(-2)].to(x.dtype)
-    return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate the first R channels of x (B, H, T, D) by position; channel i pairs with channel i + R / 2."""
+    cos, sin = rotary[:, : x.size(-2)].to(x.dtype)
+    half = cos.size(-1)
+    first, second, still = x.tensor_split((half, 2 * half), dim=-1)
+    return torch.cat((first * cos + second * sin, second * cos - first * sin, still), dim=-1)
+
+
+def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """Return attention outputs y (B, H, T, D) without their part along the token's own value v (B, K, T, D).
+
+    Exclusive self attention (parameter-golf #198, #265): y - (y . u) u with u = v / |v|.
+    """
+    unit, grouped = F.normalize(v, dim=-1, eps=1e-12)[:, :, None], y.unflatten(1, (v.size(1), -1))
+    return (grouped - (grouped * unit).sum(dim=-1, keepdim=True) * unit).flatten(1, 2)
+
+
+def gate(inputs: int, outputs: int, bias: float) -> nn.Linear:
+    """Return a linear layer that starts as its bias, whatever comes in: for gates sigmoid(layer(x))."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.constant_(layer.bias, bias)
+    return layer
 
 
 class Attention(nn.Module):
     """Causal grouped-query attention with normalised, gained queries; its output starts at zero."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, exclusive: bool) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = settings.num_heads, settings.num_kv_heads
-        kv_dim = settings.num_kv_heads * settings.head_dim
+        self.exclusive, kv_dim = exclusive, settings.num_kv_heads * settings.head_dim
         self.c_q = nn.Linear(settings.model_dim, settings.model_dim, bias=False)
         self.c_k = nn.Linear(settings.model_dim, kv_dim, bias=False)
         self.c_v = nn.Linear(settings.model_dim, kv_dim, bias=False)
         self.proj = nn.Linear(settings.model_dim, settings.model_dim, bias=False)
         self.q_gain = nn.Parameter(torch.full((settings.num_heads,), settings.qk_gain_init))
+        self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) if settings.value_residual else None
+        self.attn_gate = gate(settings.model_dim, self.num_heads, 4.0) if settings.gated_attn else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Return the attention branch for x (B, T, D)."""
+    def forward(self, x: Tensor, rotary: Tensor, extra=None, first=None) -> tuple[Tensor, Tensor]:
+        """Return the attention branch for x (B, T, D), and the first block's values (B, T, K * D / H).
+
+        `extra`: a value embedding to add to this block's values; `first`: None in the first block.
+        """
         B, T, D = x.shape
         q = self.c_q(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, D / H)
         k = self.c_k(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)  # (B, K, T, D / H)
-        v = self.c_v(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
-        q = apply_rotary(rms_norm(q), cos, sin) * self.q_gain.to(q.dtype)[:, None, None]
-        k = apply_rotary(rms_norm(k), cos, sin)
-        y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=self.num_heads != self.num_kv_heads
-        )
-        return self.proj(y.transpose(1, 2).reshape(B, T, D))
+        v = self.c_v(x) if extra is None else self.c_v(x) + extra
+        first = v if first is None else first
+        if self.vr_lambda is not None:
+            v = self.vr_lambda[0].to(v.dtype) * first + self.vr_lambda[1].to(v.dtype) * v
+        v = v.view(B, T, self.num_kv_heads, -1).transpose(1, 2)
+        q = apply_rotary(rms_norm(q), rotary) * self.q_gain.to(q.dtype)[:, None, None]
+        k = apply_rotary(rms_norm(k), rotary)
+        grouped = self.num_heads != self.num_kv_heads
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        y = (exclude_own_value(y, v) if self.exclusive else y).transpose(1, 2)
+        if self.attn_gate is not None:
+            y = y * torch.sigmoid(self.attn_gate(x))[..., None]
+        return self.proj(y.reshape(B, T, D)), first
 
 
 class MLP(nn.Module):
-    """Two matrices around relu squared; the second starts at zero."""
+    """Two matrices around a squared (leaky) relu; the second starts at zero."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
+        self.slope = {"relu2": 0.0, "leaky2": 0.5}[settings.mlp_activation]
         self.fc = nn.Linear(settings.model_dim, settings.mlp_dim, bias=False)
         self.proj = nn.Linear(settings.mlp_dim, settings.model_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the MLP branch for x (B, T, D)."""
-        return self.proj(F.relu(self.fc(x)).square())
+        hidden = F.leaky_relu(self.fc(x), self.slope) if self.slope else F.relu(self.fc(x))
+        return self.proj(hidden.square())
 
 
 class Block(nn.Module):
     """Attention and MLP on a residual stream that can take in the embedding again (`resid_mix`)."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, layer: int) -> None:
         super().__init__()
-        self.attn = Attention(settings)
+        self.attn = Attention(settings, layer >= settings.num_layers - settings.xsa_last_n)
         self.mlp = MLP(settings)
         self.attn_scale = nn.Parameter(torch.ones(settings.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(settings.model_dim))
-        self.resid_mix = nn.Parameter(
-            torch.stack((torch.ones(settings.model_dim), torch.zeros(settings.model_dim)))
-        )
+        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, settings.model_dim))
+        damping = (layer + 1) ** -0.5
+        self.norm_scale = damping if settings.ln_scale == "norm" else 1.0
+        self.branch_scale = damping if settings.ln_scale == "branch" else 1.0
+        self.dtg_gate = gate(settings.model_dim, 1, 2.0) if settings.dtg_enabled else None
 
-    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Return the stream after this block; x and x0 (the embedding) are (B, T, D)."""
+    def forward(self, x: Tensor, x0: Tensor, *carried: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the stream after this block and the first values; x, x0 (the embedding) are (B, T, D).
+
+        `carried`: rotary tables, value embedding, first values, as Attention.forward takes them.
+        """
         mix = self.resid_mix.to(x.dtype)
-        x = mix[0] * x + mix[1] * x0
-        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x), cos, sin)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
+        start = mix[0] * x + mix[1] * x0
+        branch, first = self.attn(rms_norm(start, self.norm_scale), *carried)
+        x = start + (self.branch_scale * self.attn_scale).to(x.dtype) * branch
+        branch = self.mlp(rms_norm(x, self.norm_scale))
+        x = x + (self.branch_scale * self.mlp_scale).to(x.dtype) * branch
+        if self.dtg_gate is not None:
+            x = start + torch.sigmoid(self.dtg_gate(start.detach())) * (x - start)
+        return x, first
+
+
+class Lookup(nn.Module):
+    """A small table, a projection to the width where it is added, and perhaps (not None) a scale."""
+
+    def __init__(self, rows: int, dim: int, width: int, std: float, scale: float | None) -> None:
+        super().__init__()
+        self.embed, self.proj = nn.Embedding(rows, dim), nn.Linear(dim, width, bias=False)
+        nn.init.normal_(self.embed.weight, std=std)
+        self.scale = None if scale is None else nn.Parameter(torch.tensor(scale))
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Return (B, T, width) for indices (B, T)."""
+        x = self.proj(self.embed(indices))
+        return x if self.scale is None else self.scale.to(x.dtype) * x
+
+
+def bigram_indices(ids: Tensor, rows: int, form: str) -> Tensor:
+    """Return the row of the bigram table for each token of ids (B, T) and the one before it.
+
+    "xor" (PRs #890, #779, #834, #864) keeps the last row for a token without predecessor; "linear" (#810)
+    takes token 0 for it.
+    """
+    previous = F.pad(ids[:, :-1], (1, 0))
+    if form == "linear":
+        return (92_821 * previous + ids) % rows
+    mixed = ((36_313 * ids) ^ (27_191 * previous)) % max(rows - 1, 1)
+    return F.pad(mixed[:, 1:], (1, 0), value=rows - 1)
+
+
+def parameter_role(name: str, parameter: Tensor) -> str:
+    """Return "embedding", "head", "lookup", "projection", "matrix" or "scalar".
+
+    A lookup is a table of bigrams or values, its projection follows it. Optimizer groups, initial values and
+    bit widths all go by the role.
+    """
+    if parameter.ndim != 2 or not name.endswith(".weight") or "gate" in name:
+        return "scalar"
+    first, part = name.split(".")[0], name.split(".")[-2]
+    if first in ("bigram", "ve_shared"):
+        return "lookup" if part == "embed" else "projection"
+    return {"tok_emb": "embedding", "lm_head": "head"}.get(first, "matrix")
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, settings: Settings) -> None:
+    """Give the matrices their initial values; those that write into the residual stream or to logits: zero.
+
+    "overtone" (#810): the k-th singular value of the embedding is the first over sqrt(k).
+    """
+    if settings.embed_init == "overtone":
+        u, spectrum, v = torch.linalg.svd(model.tok_emb.weight, full_matrices=False)
+        places = torch.arange(1, len(spectrum) + 1, device=spectrum.device)
+        model.tok_emb.weight.copy_(u * (spectrum[0] * places**-0.5) @ v)
+    for name, parameter in model.named_parameters():
+        role = parameter_role(name, parameter)
+        if name.endswith((".attn.proj.weight", ".mlp.proj.weight")) or name.startswith(("lm_head", "mtp_")):
+            nn.init.zeros_(parameter)
+        elif role in ("matrix", "projection") and settings.matrix_init != "uniform":
+            scaled = role == "projection" and settings.matrix_init == "scaled"
+            nn.init.orthogonal_(parameter).mul_((2 * settings.num_layers) ** -0.5 if scaled else 1.0)
 
 
 class GPT(nn.Module):
@@ -876,58 +1101,91 @@ class GPT(nn.Module):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
-        self.logit_softcap = settings.logit_softcap
-        self.num_skips = settings.num_layers // 2
-        self.tok_emb = nn.Embedding(settings.vocab_size, settings.model_dim)
-        nn.init.normal_(self.tok_emb.weight, std=settings.tied_embed_init_std)
-        self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.num_layers))
-        self.skip_weights = nn.Parameter(torch.ones(self.num_skips, settings.model_dim))
-        self.lm_head = None
-        if not settings.tie_embeddings:
-            self.lm_head = nn.Linear(settings.model_dim, settings.vocab_size, bias=False)
-            nn.init.zeros_(self.lm_head.weight)
-        for block in self.blocks:
-            nn.init.zeros_(block.attn.proj.weight)
-            nn.init.zeros_(block.mlp.proj.weight)
-        length = max(settings.train_seq_len, settings.window)
-        cos, sin = rotary_tables(length, settings.head_dim, settings.rope_base)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.settings, s, D, V = settings, settings, settings.model_dim, settings.vocab_size
+        self.num_encoder = (s.num_layers + (s.unet_longer_half == "encoder")) // 2
+        self.tok_emb = nn.Embedding(V, D)
+        nn.init.normal_(self.tok_emb.weight, std=s.tied_embed_init_std)
+        self.blocks = nn.ModuleList(Block(s, layer) for layer in range(s.num_layers))
+        self.skip_weights = nn.Parameter(torch.ones(s.num_layers // 2, D))
+        self.lm_head = None if s.tie_embeddings else nn.Linear(D, V, bias=False)
+        self.mtp_heads = nn.ModuleList(nn.Linear(D, V, bias=False) for _ in range(s.mtp_num_heads))
+        self.bigram = self.ve_shared = self.smear_gate = self.pre_enrich = None
+        if s.bigram_vocab_size:
+            start = {"xor": (0.0, 0.05), "linear": (0.01, None)}[s.bigram_hash]
+            self.bigram = Lookup(s.bigram_vocab_size, s.bigram_dim, D, *start)
+        if s.value_layers:
+            self.ve_shared = Lookup(V, s.ve_dim, s.num_kv_heads * s.head_dim, 0.01, 0.1)
+            self.ve_layer_scales = nn.Parameter(torch.ones(len(s.value_layers)))
+        if s.smear_gate != "off":
+            self.smear_gate = nn.Parameter(torch.full((D,), {"half": 0.0, "twentieth": -3.0}[s.smear_gate]))
+        if s.pre_enrich_dim:
+            up = nn.Linear(D, s.pre_enrich_dim, bias=False)
+            self.pre_enrich = nn.Sequential(up, nn.GELU(), nn.Linear(s.pre_enrich_dim, D, bias=False))
+        initialize(self, s)
+        for length in {s.train_seq_len, s.window}:
+            tables = rotary_tables(length, s.rope_dims or s.head_dim, s.rope_base, s.rope_ntk_length)
+            self.register_buffer(f"rotary_{length}", tables, persistent=False)
+
+    def smeared(self, ids: Tensor) -> Tensor:
+        """Return the embeddings (B, T, D) of ids with bigrams and a learned share of the position before.
+
+        The norm comes before the share, sigmoid(gate) by channel, unless pre-enrichment (#810) follows.
+        """
+        s, x = self.settings, self.tok_emb(ids)
+        if self.bigram is not None:
+            x = x + self.bigram(bigram_indices(ids, s.bigram_vocab_size, s.bigram_hash))
+        x = rms_norm(x) if self.pre_enrich is None else x
+        if self.smear_gate is None:
+            return x
+        return x + torch.sigmoid(self.smear_gate) * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
+
+    def enrichment(self, ids: Tensor) -> Tensor:
+        """Return how far pre-enrichment moves each embedding, (B, T): the signal of #810's cache."""
+        x = self.smeared(ids)
+        return (self.pre_enrich(x) - x).norm(dim=-1)
+
+    def hidden(self, ids: Tensor, last: int | None = None) -> Tensor:
+        """Return the normed output of the blocks (B, T, D) for ids (B, T), or of the last positions only."""
+        s, x = self.settings, self.smeared(ids)
+        x = x if self.pre_enrich is None else rms_norm(self.pre_enrich(x))
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        length = min(n for n in (s.train_seq_len, s.window) if n >= ids.size(1))
+        rotary, x0, first = self.get_buffer(f"rotary_{length}"), x, None
+        values: dict[int, Tensor] = {}
+        if self.ve_shared is not None:
+            shared, scales = self.ve_shared(ids), self.ve_layer_scales
+            values = {n: w.to(shared.dtype) * shared for n, w in zip(s.value_layers, scales, strict=True)}
+        skips: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
+            if index >= self.num_encoder and skips:
+                x = x + self.skip_weights[index - self.num_encoder].to(x.dtype) * skips.pop()
+            x, first = block(x, x0, rotary, values.get(index), first)
+            if index < self.num_encoder:
+                skips.append(x)
+        return rms_norm(x if last is None else x[:, x.size(1) - last :])
+
+    def capped(self, x: Tensor, head: nn.Module | None) -> Tensor:
+        """Return float32 logits (B, T, V) of x (B, T, D) under an output layer; None: the embedding."""
+        weight, cap = (head or self.tok_emb).weight, self.settings.logit_softcap
+        # Dividing before the product spares a pass over (B, T, V).
+        return cap * torch.tanh(F.linear(x / cap, weight).float()) if cap else F.linear(x, weight).float()
 
     def logits(self, ids: Tensor, last: int | None = None) -> Tensor:
         """Return logits (B, T, V) in float32 for ids (B, T), or (B, last, V) for the last positions only."""
-        x = rms_norm(self.tok_emb(ids))
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        x0 = x
-        skips: list[Tensor] = []
-        for index, block in enumerate(self.blocks):
-            if index < self.num_skips:
-                x = block(x, x0, self.cos, self.sin)
-                skips.append(x)
-                continue
-            if skips:
-                x = x + self.skip_weights[index - self.num_skips].to(x.dtype) * skips.pop()
-            x = block(x, x0, self.cos, self.sin)
-        x = rms_norm(x if last is None else x[:, x.size(1) - last :])
-        head = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
-        if self.logit_softcap == 0:
-            return F.linear(x, head).float()
-        # Dividing before the product spares a pass over (B, T, V).
-        return self.logit_softcap * torch.tanh(F.linear(x / self.logit_softcap, head).float())
+        return self.capped(self.hidden(ids, last), self.lm_head)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross entropy in nats of targets (B, T) after ids (B, T)."""
-        return F.cross_entropy(self.logits(ids).flatten(0, 1), targets.flatten())
+        """Return the mean cross entropy in nats of targets (B, T) after ids (B, T).
 
-
-def parameter_role(name: str, parameter: Tensor) -> str:
-    """Return "embedding", "head", "matrix" or "scalar": behind optimizer groups and bit widths alike."""
-    if name.startswith("tok_emb."):
-        return "embedding"
-    if name.startswith("lm_head."):
-        return "head"
-    return "matrix" if parameter.ndim == 2 and name.endswith(".weight") else "scalar"
+        Each MTP head adds its share of the loss on targets 1, 2, ... further ahead (arXiv 2404.19737).
+        """
+        x, loss = self.hidden(ids), 0.0
+        for ahead, head in enumerate((self.lm_head, *self.mtp_heads)):
+            logits = self.capped(x[:, : x.size(1) - ahead], head).flatten(0, 1)
+            weight = self.settings.mtp_loss_weight / len(self.mtp_heads) if ahead else 1.0
+            loss = loss + weight * F.cross_entropy(logits, targets[:, ahead:].flatten())
+        return loss
 
 
 def try_attention_kernel(name: str, settings: Settings, process: Process) -> None:
@@ -976,7 +1234,7 @@ def select_attention(settings: Settings, process: Process, log: Log) -> None:
 
 
 # ============================================================================================================
-# 5 OPTIMIZER. In: gradients summed over slots and ranks. Out: weights one step on. Muon (Newton-Schulz) for
+# 5 OPTIMIZER. In: gradients of slots, summed over ranks. Out: weights one step on. Muon (Newton-Schulz) for
 # the blocks' matrices, AdamW for the rest; every parameter is in exactly one group. Schedules are pure
 # functions of step and clock. The step queues work and never waits for the device.
 # ============================================================================================================
@@ -997,11 +1255,23 @@ def learning_rate_scale(step: int, elapsed_ms: float, settings: Settings) -> flo
     return remaining_ms / warmdown_ms if remaining_ms <= warmdown_ms and warmdown_ms > 0 else 1.0
 
 
+def quantization_starts(step: int, elapsed_ms: float, scale: float, settings: Settings) -> bool:
+    """Return whether QAT_START is reached: the learning-rate scale below x, or a share x of time used up.
+
+    Without a wall-clock limit it is a share of ITERATIONS.
+    """
+    kind, _, threshold = settings.qat_start.partition(":")
+    limit_ms = 1000.0 * settings.max_wallclock_seconds
+    share = elapsed_ms / limit_ms if limit_ms else step / settings.iterations
+    if kind in ("off", "step0"):
+        return kind == "step0"
+    return scale < float(threshold) if kind == "scale" else share >= float(threshold)
+
+
 def momentum_at(step: int, settings: Settings) -> float:
     """Return Muon's momentum at `step`: linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM."""
-    ramp = (
-        min(step / settings.muon_momentum_warmup_steps, 1.0) if settings.muon_momentum_warmup_steps else 1.0
-    )
+    steps = settings.muon_momentum_warmup_steps
+    ramp = min(step / steps, 1.0) if steps else 1.0
     return (1 - ramp) * settings.muon_momentum_warmup_start + ramp * settings.muon_momentum
 
 
@@ -1022,105 +1292,136 @@ def orthogonalize(update: Tensor, steps: int) -> Tensor:
     return x.mT if tall else x
 
 
+class Bank(NamedTuple):
+    """Matrices of one shape as one batch, padded with zeros until the number of ranks divides it."""
+
+    matrices: list[nn.Parameter]
+    gradient: Tensor  # (padded, R, C); the matrices' .grad are its first slices
+    momentum: Tensor  # (padded / ranks, R, C), this rank's own
+    update: Tensor  # (padded, R, C)
+    arriving: list  # handles of sums under way
+
+
+def wait(handles: list) -> None:
+    """Wait for collectives under way, and forget them."""
+    while handles:
+        handles.pop().wait()
+
+
 class Muon:
     """Momentum, Newton-Schulz, update; matrices of one shape go as one batch, shared out over the ranks.
 
     Update: buffer = momentum * buffer + gradient; u = orthogonalize(gradient + momentum * buffer);
-    p = (1 - lr * decay) * p - lr * sqrt(max(1, rows / columns)) * u (Keller Jordan's Muon). Rank r
-    orthogonalizes the matrices r, r + W, ... of each shape; one sum over ranks gives all to everybody.
+    p = (1 - lr * decay) * p - lr * sqrt(max(1, rows / columns)) * u (Keller Jordan's Muon). Each rank
+    orthogonalizes its own slice of every bank. Sums of gradients run while AdamW steps (unless it needs the
+    clipping norm), a bank's updates travel while the next bank is worked on. PARALLEL_MUON (#864) scatters
+    the sums, each rank getting its slice; otherwise every rank gets all. Both compute the same.
     """
 
     def __init__(self, matrices: list[nn.Parameter], settings: Settings, process: Process) -> None:
-        self.process, self.steps, self.decay = process, settings.muon_backend_steps, settings.muon_wd
+        self.settings, self.process = settings, process
         shapes: dict[torch.Size, list[nn.Parameter]] = {}
         for matrix in matrices:
             shapes.setdefault(matrix.shape, []).append(matrix)
-        self.groups = list(shapes.values())
-        self.momenta = [
-            torch.zeros(
-                len(group[process.rank :: process.world_size]), *group[0].shape, device=process.device
-            )
-            for group in self.groups
-        ]
+        self.banks = []
         dtype = torch.bfloat16 if process.device.type == "cuda" else torch.float32
-        self.flat = torch.zeros(sum(m.numel() for m in matrices), device=process.device, dtype=dtype)
-        sizes = [len(group) * group[0].numel() for group in self.groups]
-        views = self.flat.split(sizes)
-        self.updates = [v.view(len(g), *g[0].shape) for v, g in zip(views, self.groups, strict=True)]
+        for shape, group in sorted(shapes.items(), key=lambda item: -len(item[1]) * item[0].numel()):
+            own = -(-len(group) // process.world_size)
+            gradient, update = torch.zeros(2, own * process.world_size, *shape, device=process.device)
+            self.banks.append(Bank(group, gradient, torch.zeros_like(gradient[:own]), update.to(dtype), []))
+            for matrix, view in zip(group, gradient, strict=False):
+                matrix.grad = view
+
+    def start_sums(self) -> None:
+        """Start adding the gradients over the ranks, the largest bank first."""
+        for bank in self.banks:
+            bank.arriving.extend(self.process.start_sum(bank.gradient, self.settings.parallel_muon))
+
+    def own_gradients(self) -> list[Tensor]:
+        """Wait for all sums; return this rank's slices of them."""
+        for bank in self.banks:
+            wait(bank.arriving)
+        return [self.process.own(bank.gradient) for bank in self.banks]
+
+    def _apply(self, bank: Bank, arriving: list, lr: float) -> None:
+        """Change the matrices of `bank` by its updates, once they are there."""
+        wait(arriving)
+        decay, (rows, columns) = 1 - lr * self.settings.muon_wd, bank.matrices[0].shape
+        changes = list(bank.update[: len(bank.matrices)].to(torch.float32).unbind())
+        for order in ("before", "after"):
+            if decay != 1 and self.settings.muon_wd_order == order:
+                torch._foreach_mul_(bank.matrices, decay)
+            if order == "before":
+                torch._foreach_add_(bank.matrices, changes, alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float) -> None:
         """Update every matrix from its gradient."""
-        rank, world_size = self.process.rank, self.process.world_size
-        if world_size > 1:
-            self.flat.zero_()
-        for group, buffer, update in zip(self.groups, self.momenta, self.updates, strict=True):
-            own = group[rank::world_size]
-            if own:
-                gradient = torch.stack([matrix.grad for matrix in own])
-                buffer.mul_(momentum).add_(gradient)
-                update[rank::world_size] = orthogonalize(gradient.add_(buffer, alpha=momentum), self.steps)
-        self.process.sum(self.flat)
-        for group, update in zip(self.groups, self.updates, strict=True):
-            rows, columns = group[0].shape
-            if self.decay:
-                torch._foreach_mul_(group, 1 - lr * self.decay)
-            changes = list(update.to(torch.float32).unbind())
-            torch._foreach_add_(group, changes, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+        leaving: list[tuple[Bank, list]] = []
+        for bank in self.banks:
+            wait(bank.arriving)
+            gradient = self.process.own(bank.gradient)
+            bank.momentum.mul_(momentum).add_(gradient)
+            direction = gradient.add(bank.momentum, alpha=momentum)
+            self.process.own(bank.update).copy_(orthogonalize(direction, self.settings.muon_backend_steps))
+            leaving.append((bank, self.process.start_gather(bank.update)))
+            if len(leaving) > 1:
+                self._apply(*leaving.pop(0), lr)
+        for bank, arriving in leaving:
+            self._apply(bank, arriving, lr)
 
 
 class Optimizers:
-    """All parameters' gradients in one flat buffer, and the two optimizers that read them.
+    """The two optimizers, and every parameter's gradient in a buffer that is summed over ranks as a whole.
 
-    The buffer's last element carries the loss: one sum over ranks averages gradients and loss together.
+    AdamW's buffer ends with the loss: one sum averages its gradients and the loss together.
     """
 
     def __init__(self, model: GPT, settings: Settings, process: Process) -> None:
         self.settings, self.process = settings, process
         named = list(model.named_parameters())
-        roles: dict[str, list[nn.Parameter]] = {"embedding": [], "head": [], "matrix": [], "scalar": []}
+        embed_lr = settings.tied_embed_lr if settings.tie_embeddings else settings.embed_lr
+        rates = {"embedding": embed_lr, "lookup": embed_lr, "head": settings.head_lr}
+        rates |= {"scalar": settings.scalar_lr, "projection": settings.scalar_lr, "matrix": 0.0}
+        roles: dict[str, list[nn.Parameter]] = {role: [] for role in rates}
         for name, parameter in named:
             roles[parameter_role(name, parameter)].append(parameter)
-        assert (
-            sum(map(len, roles.values()))
-            == len(named)
-            == len({id(p) for group in roles.values() for p in group})
-        )
-        self.flat = torch.zeros(sum(p.numel() for _, p in named) + 1, device=process.device)
-        views = self.flat[:-1].split([parameter.numel() for _, parameter in named])
-        for (_, parameter), view in zip(named, views, strict=True):
+        order = ("matrix", "projection", "lookup")
+        matrices = [p for role in order[: order.index(settings.muon_scope) + 1] for p in roles.pop(role)]
+        groups = [{"params": roles[role], "base_lr": rates[role]} for role in roles if roles[role]]
+        others = [p for group in groups for p in group["params"]]
+        assert len(matrices) + len(others) == len(named) == len({id(p) for p in matrices + others})
+        self.flat = torch.zeros(sum(p.numel() for p in others) + 1, device=process.device)
+        views = self.flat[:-1].split([parameter.numel() for parameter in others])
+        for parameter, view in zip(others, views, strict=True):
             parameter.grad = view.view_as(parameter)
-        embed_lr = settings.tied_embed_lr if settings.tie_embeddings else settings.embed_lr
-        rates = {"embedding": embed_lr, "head": settings.head_lr, "scalar": settings.scalar_lr}
-        groups = [{"params": roles[role], "base_lr": rate} for role, rate in rates.items() if roles[role]]
-        self.adam = torch.optim.AdamW(
-            groups,
-            lr=0.0,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.adam_eps,
-            weight_decay=settings.adam_wd,
-            fused=process.device.type == "cuda",
-        )
-        self.muon = Muon(roles["matrix"], settings, process)
+        betas, cuda = (settings.beta1, settings.beta2), process.device.type == "cuda"
+        options = {"eps": settings.adam_eps, "weight_decay": settings.adam_wd, "fused": cuda}
+        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, **options)
+        self.muon = Muon(matrices, settings, process)
 
     def gather(self, model, batches: list[Tensor]) -> Tensor:
-        """Fill the gradient buffer from the micro-batches of all ranks; return the mean loss, ()."""
-        self.flat.zero_()
+        """Fill the gradient buffers from the micro-batches of all ranks; return the mean loss, ()."""
+        for buffer in (self.flat, *(bank.gradient for bank in self.muon.banks)):
+            buffer.zero_()
         for batch in batches:
             ids = batch.to(self.process.device, non_blocking=True).long()
             with self.process.precision():
-                loss = model(ids[:, :-1], ids[:, 1:])
+                loss = model(ids[:, :-1], ids[:, 1:]) / self.settings.micro_batch_slots
             loss.backward()
             self.flat[-1] += loss.detach()
+        self.muon.start_sums()
         self.process.sum(self.flat)
-        self.flat /= self.settings.micro_batch_slots
         return self.flat[-1].clone()
 
     def step(self, scale: float, momentum: float) -> None:
         """Clip, then update every parameter; `scale` multiplies every learning rate."""
         if self.settings.grad_clip_norm:
-            norm = self.flat[:-1].norm()
-            self.flat[:-1] *= (self.settings.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            own = self.muon.own_gradients()
+            square = self.process.sum(sum(gradient.square().sum() for gradient in own))
+            norm = (square + self.flat[:-1].square().sum()).sqrt()
+            factor = (self.settings.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([*own, self.flat[:-1]], factor)
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * scale
         self.adam.step()
@@ -1128,46 +1429,64 @@ class Optimizers:
 
 
 # ============================================================================================================
-# 6 AVERAGING. In: the weights after every step. Out: the weights that are exported. The average lives on the
-# training device, in float32: in bfloat16 small changes would be rounded away. How far it moved the weights
-# is logged, so an average that does nothing is seen.
+# 6 AVERAGING. In: the weights after every step. Out: the weights that are exported. Averages live on the
+# training device, in float32: in bfloat16 small changes would be rounded away. What entered and how far the
+# weights moved is logged, so an average that does nothing is seen.
 # ============================================================================================================
 
 
-class Ema:
-    """Exponential moving average: average = decay * average + (1 - decay) * weights; decay 0 is off."""
+class Averages:
+    """EMA and SWA of the weights, both float32.
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay, self.count = decay, 0
-        self.live = dict(model.named_parameters())
-        self.average = {name: p.detach().float().clone() for name, p in self.live.items()} if decay else {}
+    ema = decay * ema + (1 - decay) * weights after every step. swa = mean of the snapshots taken every
+    SWA_EVERY steps once the learning-rate scale is below SWA_START_SCALE (arXiv 1803.05407), of the weights
+    or of their EMA. What AVERAGE does not use is not collected.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self.settings, self.live = settings, dict(model.named_parameters())
+        self.updates, self.snapshots, self.swa = 0, 0, {}
+        used = settings.ema_decay and (settings.average, settings.swa_source) != ("swa", "raw")
+        self.ema = {name: p.detach().float().clone() for name, p in self.live.items()} if used else {}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the weights as they are now."""
-        if self.decay:
-            live = [parameter.float() for parameter in self.live.values()]
-            torch._foreach_lerp_(list(self.average.values()), live, 1 - self.decay)
-            self.count += 1
+    def update(self, step: int, scale: float) -> None:
+        """Take in the weights as they are after `step` steps, the last at learning-rate scale `scale`."""
+        s, live = self.settings, [parameter.float() for parameter in self.live.values()]
+        if self.ema:
+            torch._foreach_lerp_(list(self.ema.values()), live, 1 - s.ema_decay)
+            self.updates += 1
+        if s.average != "ema" and scale < s.swa_start_scale and step % s.swa_every == 0:
+            source = list(self.ema.values()) if s.swa_source == "ema" else live
+            self.swa = self.swa or {name: torch.zeros_like(p).float() for name, p in self.live.items()}
+            self.snapshots += 1
+            torch._foreach_lerp_(list(self.swa.values()), source, 1 / self.snapshots)
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return what to export: the average, or the weights themselves when averaging is off."""
-        return self.average or {name: parameter.detach() for name, parameter in self.live.items()}
+    def candidates(self) -> dict[str, dict[str, Tensor]]:
+        """Return the weights to export, or under AVERAGE=best all that there are, by name.
 
-    def moved(self) -> float:
-        """Return |average - weights| / |weights| over all parameters."""
-        pairs = [
-            (value.double(), self.live[name].detach().double()) for name, value in self.weights().items()
-        ]
-        change = sum(float((average - live).square().sum()) for average, live in pairs)
+        An average without a single update is the weights themselves; an SWA without snapshot is the EMA.
+        """
+        raw = {name: parameter.detach() for name, parameter in self.live.items()}
+        found = {"raw": raw, "ema": self.ema or raw, "swa": self.swa or self.ema or raw}
+        average = self.settings.average
+        if average == "mean":
+            found["mean"] = {name: (found["ema"][name] + found["swa"][name]) / 2 for name in raw}
+        return found if average == "best" else {average: found[average]}
+
+    def moved(self, weights: dict[str, Tensor]) -> float:
+        """Return |weights - live weights| / |live weights| over all parameters."""
+        pairs = [(value.double(), self.live[name].detach().double()) for name, value in weights.items()]
+        change = sum(float((value - live).square().sum()) for value, live in pairs)
         return math.sqrt(change / sum(float(live.square().sum()) for _, live in pairs))
 
 
 # ============================================================================================================
 # 7 QUANTIZATION AND ARTIFACT. In: weights. Out: one file, and the weights that come back from it. The file
-# describes itself: magic, version, JSON header (settings, tensors, tokenizer), one zstd frame, SHA-256 of all
-# before it. No pickle, no time, path or host: same weights, same bytes. A file that is not exactly right is
-# refused with a message, before anything of the size it claims is allocated.
+# describes itself: magic, version, JSON header (settings, tensors, tokenizer), one zstd frame or xz stream,
+# SHA-256 of all before it. No pickle, no time, path or host: same weights, same bytes. A file that is not
+# exactly right is refused with a message, before anything of the size it claims is allocated. Training may
+# compute with what the file will hold: `QuantizationAware` calls the exporter's own quantizer.
 # ============================================================================================================
 
 ARTIFACT_MAGIC = b"GOLFGPT\n"
@@ -1175,20 +1494,12 @@ ARTIFACT_VERSION = 1
 ARTIFACT_PREFIX = struct.Struct("<8sII")  # magic, version, bytes of the header
 MAX_HEADER_BYTES = 1_000_000
 MAX_PAYLOAD_BYTES = 2**30
-BITS = {"int8": 8, "int6": 6, "int5": 5}  # kinds of quantized tensors; all others are float32
-SCALE_TYPE, FLOAT_TYPE = np.dtype("<f2"), np.dtype("<f4")
+BITS = {"int8": 8, "int6": 6, "int5": 5}  # kinds of quantized tensors
+FLOATS = {"float16": "<f2", "float32": "<f4"}  # kinds of all others
 SMALLEST_SCALE = 2.0**-24  # least positive float16
-
-
-def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return (integers int8 (R, C), scales float16 (R,)) of a weight (R, C): symmetric, one scale per row.
-
-    Restored values are off by at most half a scale (and half the smallest scale for rows near zero).
-    """
-    limit = 2 ** (bits - 1) - 1
-    scale = (weight.float().abs().amax(dim=1) / limit).clamp(min=SMALLEST_SCALE).to(torch.float16)
-    integers = (weight.float() / scale.float()[:, None]).round().clamp(-limit, limit)
-    return integers.to(torch.int8), scale
+PERCENTILES = (1.0, 0.99999, 0.9999, 0.9995, 0.999)  # of a row's absolute values, where QUANT_SEARCH clips
+XZ_MAGIC = b"\xfd7zXZ\0"
+ARTIFACT_FAULTS = (ValueError, KeyError, TypeError, zstandard.ZstdError, lzma.LZMAError)
 
 
 def restore_rows(integers: Tensor, scale: Tensor) -> Tensor:
@@ -1196,12 +1507,115 @@ def restore_rows(integers: Tensor, scale: Tensor) -> Tensor:
     return integers.float() * scale.float()[:, None]
 
 
+def quantize_rows(weight: Tensor, bits: int, search=False, floor=False) -> tuple[Tensor, Tensor]:
+    """Return (integers int8 (R, C), scales float16 (R,)) of a weight (R, C): symmetric, one scale per row.
+
+    Restored values are off by at most half a scale (and half the smallest scale for rows near zero), unless
+    `search` clips a row at the percentile with the least squared error. `floor` keeps scales at 1 / limit at
+    least (coarser, compresses better): rows below 1 then have that scale, whatever the percentile. Training
+    and export both call this.
+    """
+    limit, weight = 2 ** (bits - 1) - 1, weight.float()
+
+    def integers(scale: Tensor) -> Tensor:
+        return (weight / scale.float()[:, None]).round().clamp(-limit, limit)
+
+    places = [(1 - p) * (weight.size(1) - 1) for p in (PERCENTILES if search else (1.0,))]
+    top = weight.abs().topk(min(int(max(places)) + 2, weight.size(1)), dim=1).values
+    clips = [torch.lerp(top[:, int(x)], top[:, min(int(x) + 1, top.size(1) - 1)], x % 1) for x in places]
+    least = 1 / limit if floor else SMALLEST_SCALE
+    scales = (torch.stack(clips) / limit).clamp(min=least).to(torch.float16)  # (percentiles, R)
+    scale = scales[0]
+    if search:
+        errors = torch.stack([(restore_rows(integers(s), s) - weight).square().sum(dim=1) for s in scales])
+        scale = scales.gather(0, errors.argmin(dim=0, keepdim=True))[0]
+    return integers(scale).to(torch.int8), scale
+
+
+def prune(weight: Tensor, share: float) -> Tensor:
+    """Return `weight` with the `share` of its entries that are smallest in absolute value set to 0."""
+    count = int(share * weight.numel())
+    return weight.where(weight.abs() > weight.abs().flatten().kthvalue(count).values, 0) if count else weight
+
+
 def tensor_kind(name: str, tensor: Tensor, settings: Settings) -> str:
-    """Return how a parameter is stored: matrices and embeddings quantized, gains and mixes in float32."""
+    """Return how a parameter is stored: matrices and tables quantized, gains and mixes in float32."""
     role = parameter_role(name, tensor)
     if role == "scalar":
         return "float32"
-    return f"int{settings.matrix_bits if role == 'matrix' else settings.embed_bits}"
+    bits = {"lookup": settings.lookup_bits, "embedding": settings.embed_bits, "head": settings.embed_bits}
+    bits = bits.get(role, settings.matrix_bits)
+    return "float16" if bits == 16 or tensor.numel() <= settings.fp16_max_numel else f"int{bits}"
+
+
+class QuantizationAware(nn.Module):
+    """The training loss of the model that the artifact will hold: every matrix passes the export quantizer.
+
+    Gradients pass straight through (arXiv 1308.3432), or through a soft rounding that hardens as the
+    learning-rate scale falls to 0. It shares the model's parameters; the model itself knows nothing of it.
+    Matrices of one width and precision are quantized as one, row after row: a small graph to compile.
+    """
+
+    def __init__(self, model: GPT, settings: Settings) -> None:
+        super().__init__()
+        self.model, self.settings = model, settings
+        self.groups: dict[tuple[int, int], list[str]] = {}
+        for name, parameter in model.named_parameters():
+            if (kind := tensor_kind(name, parameter, settings)) in BITS:
+                self.groups.setdefault((BITS[kind], parameter.size(1)), []).append(name)
+        self.register_buffer("sharpness", torch.ones_like(model.tok_emb.weight[0, 0]), persistent=False)
+
+    def sharpen(self, scale: float) -> None:
+        """Set how hard the soft rounding is at learning-rate scale `scale` (spec of #779, #834)."""
+        kind, _, threshold = self.settings.qat_start.partition(":")
+        self.sharpness.fill_(1 + 15 * max(0.0, 1 - scale / (float(threshold) if kind == "scale" else 1.0)))
+
+    def round_trip(self, weight: Tensor, bits: int) -> Tensor:
+        """Return `weight` (R, C) as the artifact would give it back, with a gradient to it."""
+        s, limit = self.settings, 2 ** (bits - 1) - 1
+        integers, scale = quantize_rows(weight.detach(), bits, s.quant_search, s.quant_scale_floor)
+        if not s.soft_round_qat:
+            return restore_rows(integers, scale) + (weight - weight.detach())
+        scaled = weight / scale.float()[:, None]
+        below = scaled.detach().floor()
+        step = torch.tanh(self.sharpness * (scaled - below - 0.5)) / torch.tanh(self.sharpness / 2)
+        return restore_rows((below + 0.5 + 0.5 * step).clamp(-limit, limit), scale)
+
+    def quantized(self) -> dict[str, Tensor]:
+        """Return all matrices that the artifact quantizes as it would give them back, by name."""
+        weights: dict[str, Tensor] = {}
+        for (bits, _), names in self.groups.items():
+            live = [self.model.get_parameter(name) for name in names]
+            rows = self.round_trip(torch.cat(live), bits).split([len(p) for p in live])
+            weights |= dict(zip(names, rows, strict=True))
+        return weights
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of the quantized model, as GPT.forward, and CROWN-Q (#779) on top.
+
+        CROWN-Q: CROWN_Q_LAMBDA / 12 * sum over matrices of mean(w^2 d^2), d = largest |w| of the row / limit.
+        """
+        s, loss = self.settings, torch.func.functional_call(self.model, self.quantized(), (ids, targets))
+        for name, p in self.model.named_parameters() if s.crown_q_lambda else ():
+            if parameter_role(name, p) in ("matrix", "projection"):
+                steps = p.detach().abs().amax(dim=1, keepdim=True) / (2 ** (s.matrix_bits - 1) - 1)
+                loss = loss + s.crown_q_lambda / 12 * (p * steps).square().mean()
+        return loss
+
+    @torch.no_grad()
+    def effect(self) -> dict[str, float]:
+        """Return how many matrices are quantized, the share of weights that this changes, and by how much."""
+        weights = self.quantized()
+        old = torch.cat([self.model.get_parameter(name).flatten() for name in weights]).double()
+        change = (torch.cat([weight.flatten() for weight in weights.values()]) - old).abs()
+        numbers = {"matrices": len(weights), "weights_changed": float((change > 0).double().mean())}
+        return numbers | {"mean_relative_change": float(change.sum() / old.abs().sum())}
+
+
+def stored_parts(shape, kind: str) -> list[tuple[str, int]]:
+    """Return NumPy type and length of the arrays that stand for a tensor: integers and scales, or itself."""
+    count = math.prod(shape)
+    return [("|i1", count), ("<f2", shape[0])] if kind in BITS else [(FLOATS[kind], count)]
 
 
 def byte_planes(array: np.ndarray) -> bytes:
@@ -1215,17 +1629,17 @@ def from_byte_planes(data: bytes, dtype: np.dtype) -> np.ndarray:
     return np.ascontiguousarray(planes.T).reshape(-1).view(dtype)
 
 
-def compress_smallest(payload: bytes) -> bytes:
-    """Return the shortest of a few zstd frames, each with content size and checksum.
+def compress_smallest(payload: bytes, compressor: str = "zstd") -> bytes:
+    """Return the shortest of a few zstd frames, each with content size and checksum, or an xz stream.
 
     No level is best on quantized weights: 22 varies by several percent, 1 (Huffman almost alone) is steady.
     """
+    if compressor == "lzma":
+        return lzma.compress(payload, preset=6)
     base = zstandard.ZstdCompressionParameters.from_level
     candidates = [base(level, source_size=len(payload), write_checksum=True) for level in (1, 19, 22)]
     candidates.append(base(19, source_size=len(payload), min_match=7, write_checksum=True))
-    frames = [
-        zstandard.ZstdCompressor(compression_params=parameters).compress(payload) for parameters in candidates
-    ]
+    frames = [zstandard.ZstdCompressor(compression_params=c).compress(payload) for c in candidates]
     return min(frames, key=len)
 
 
@@ -1245,30 +1659,27 @@ def pack_artifact(weights: dict[str, Tensor], settings: Settings, tokenizer: Tok
 
     Raises NonFiniteError where a weight is not a finite number of float16's range.
     """
-    tensors, integers, scales, floats = [], [], [], []
+    tensors: list[list] = []
+    columns: dict[str, list[np.ndarray]] = {"|i1": [], "<f2": [], "<f4": []}
     for name, tensor in weights.items():
         kind, tensor = tensor_kind(name, tensor, settings), tensor.detach().float().cpu()
         tensors.append([name, list(tensor.shape), kind])
         if kind in BITS:
-            values, scale = quantize_rows(tensor, BITS[kind])
-            integers.append(values.numpy().tobytes())
-            scales.append(scale.numpy().astype(SCALE_TYPE))
+            search, floor = settings.quant_search, settings.quant_scale_floor
+            parts = quantize_rows(prune(tensor, settings.prune_pct), BITS[kind], search, floor)
         else:
-            scale = tensor
-            floats.append(tensor.numpy().astype(FLOAT_TYPE).reshape(-1))
-        if not bool(torch.isfinite(scale).all()):
+            parts = (tensor.half() if kind == "float16" else tensor,)
+        if not bool(torch.isfinite(parts[-1]).all()):
             raise NonFiniteError(f"{name}: a weight is infinite or no number; lower the learning rates")
+        for part, (dtype, _) in zip(parts, stored_parts(tensor.shape, kind), strict=True):
+            columns[dtype].append(part.numpy().astype(dtype).reshape(-1))
     embedded = tokenizer.source if embed else b""
-    groups = [byte_planes(np.concatenate(arrays)) for arrays in (scales, floats) if arrays]
-    payload = b"".join([*integers, *groups, embedded])
-    header = {
-        "settings": settings.stored_values(),
-        "tensors": tensors,
-        "tokenizer": {"sha256": tokenizer.sha256, "bytes": len(embedded)},
-    }
+    payload = b"".join([*(byte_planes(np.concatenate(c)) for c in columns.values() if c), embedded])
+    header = {"settings": settings.stored_values(), "tensors": tensors}
+    header["tokenizer"] = {"sha256": tokenizer.sha256, "bytes": len(embedded)}
     header_bytes = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
     prefix = ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(header_bytes))
-    body = prefix + header_bytes + compress_smallest(payload)
+    body = prefix + header_bytes + compress_smallest(payload, settings.compressor)
     return body + hashlib.sha256(body).digest()
 
 
@@ -1297,13 +1708,19 @@ def check_tensors(tensors: list, settings: Settings) -> list[tuple[str, list[int
     if {name: shape for name, shape, _ in tensors} != expected or len(tensors) != len(expected):
         raise ValueError("its tensors are not those of the model that its settings describe")
     for name, shape, kind in tensors:
-        if kind != "float32" and (kind not in BITS or len(shape) != 2):
+        if kind not in FLOATS and (kind not in BITS or len(shape) != 2):
             raise ValueError(f"tensor {name} is stored as {kind!r}, which this script does not know")
     return tensors
 
 
 def expand_frame(frame: bytes, size: int) -> bytes:
-    """Return the `size` bytes that a zstd frame holds; raises ValueError where it holds or claims others."""
+    """Return the `size` bytes of a zstd frame or xz stream; raises ValueError where it holds others."""
+    if frame.startswith(XZ_MAGIC):
+        decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**28)
+        data = decompressor.decompress(frame, max_length=size + 1)
+        if len(data) != size or not decompressor.eof or decompressor.unused_data:
+            raise ValueError(f"its xz stream does not hold the {size} bytes that its header needs")
+        return data
     claimed = zstandard.frame_content_size(frame)
     if claimed != size:
         raise ValueError(f"its frame claims {claimed} bytes, its header needs {size}")
@@ -1319,23 +1736,20 @@ def expand_frame(frame: bytes, size: int) -> bytes:
 
 
 def unpack_tensors(tensors: list[tuple[str, list[int], str]], payload: io.BytesIO) -> dict[str, Tensor]:
-    """Return the float32 weights that the payload holds: all integers, then all scales, then all floats."""
-    counts = {name: math.prod(shape) for name, shape, _ in tensors}
-    quantized = [(name, shape) for name, shape, kind in tensors if kind in BITS]
-    floating = [name for name, _, kind in tensors if kind not in BITS]
-    integers = [
-        np.frombuffer(payload.read(counts[name]), np.int8).reshape(shape) for name, shape in quantized
-    ]
-    rows = [shape[0] for _, shape in quantized]
-    scales = from_byte_planes(payload.read(sum(rows) * SCALE_TYPE.itemsize), SCALE_TYPE)
-    sizes = [counts[name] for name in floating]
-    floats = from_byte_planes(payload.read(sum(sizes) * FLOAT_TYPE.itemsize), FLOAT_TYPE)
-    found = dict(zip(floating, np.split(floats, np.cumsum(sizes)[:-1]), strict=True))
-    for (name, _), values, scale in zip(
-        quantized, integers, np.split(scales, np.cumsum(rows)[:-1]), strict=True
-    ):
-        found[name] = restore_rows(torch.from_numpy(values.copy()), torch.from_numpy(scale.copy()))
-    return {name: torch.as_tensor(found[name]).reshape(shape) for name, shape, _ in tensors}
+    """Return the float32 weights that the payload holds: all integers, then all float16, then all float32."""
+    layout = [part for _, shape, kind in tensors for part in stored_parts(shape, kind)]
+    columns, weights = {}, {}
+    for dtype in map(np.dtype, ("|i1", "<f2", "<f4")):
+        count = sum(count for stored, count in layout if stored == dtype.str)
+        columns[dtype.str] = from_byte_planes(payload.read(count * dtype.itemsize), dtype)
+    for name, shape, kind in tensors:
+        parts = []
+        for dtype, count in stored_parts(shape, kind):
+            part, columns[dtype] = np.split(columns[dtype], [count])
+            parts.append(torch.from_numpy(part.copy()))
+        parts[0] = parts[0].reshape(shape)
+        weights[name] = restore_rows(*parts) if kind in BITS else parts[0].float()
+    return weights
 
 
 def unpack_artifact(data: bytes) -> Artifact:
@@ -1356,9 +1770,8 @@ def unpack_artifact(data: bytes) -> Artifact:
     settings = stored_settings(header["settings"])
     tensors = check_tensors(header["tensors"], settings)
     tokenizer_sha256, embedded = header["tokenizer"]["sha256"], header["tokenizer"]["bytes"]
-    per_value = {True: 1, False: FLOAT_TYPE.itemsize}
-    needed = sum(math.prod(shape) * per_value[kind in BITS] for _, shape, kind in tensors)
-    needed += sum(shape[0] * SCALE_TYPE.itemsize for _, shape, kind in tensors if kind in BITS)
+    parts = [part for _, shape, kind in tensors for part in stored_parts(shape, kind)]
+    needed = sum(np.dtype(dtype).itemsize * count for dtype, count in parts)
     if type(embedded) is not int or not 0 <= embedded <= needed + embedded <= MAX_PAYLOAD_BYTES:
         raise ValueError(f"its header needs {needed} and {embedded!r} bytes, which no artifact has")
     payload = io.BytesIO(expand_frame(data[header_end:-32], needed + embedded))
@@ -1379,7 +1792,7 @@ def read_artifact(path: Path) -> Artifact:
         return unpack_artifact(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); name an artifact.bin") from error
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, zstandard.ZstdError) as error:
+    except (*ARTIFACT_FAULTS, OverflowError, RecursionError) as error:
         raise DataError(f"{path}: not a valid artifact ({error}); get it anew") from error
 
 
@@ -2033,16 +2446,42 @@ def load_batches(
     return batches, process.agree(clock.read_ms(), failure)
 
 
-def warm_up(model: GPT, forward, stream: TokenStream, settings: Settings, process: Process, log: Log) -> None:
-    """Run WARMUP_STEPS real steps before the clock, then restore the weights; primes compiler and caches."""
+def warm_up(model: GPT, losses, stream: TokenStream, settings: Settings, process: Process, log: Log) -> None:
+    """Run WARMUP_STEPS real steps of each of `losses` before the clock, then restore the weights.
+
+    Primes compiler and caches: also of the loss that quantization-aware training switches to later.
+    """
     saved = [parameter.detach().clone() for parameter in model.parameters()]
     optimizers = Optimizers(model, settings, process)
-    for step in range(settings.warmup_steps):
-        optimizers.gather(forward, load_batches(stream, step, settings, process, Clock(process))[0])
+    for step in range(settings.warmup_steps * len(losses)):
+        batches, _ = load_batches(stream, step, settings, process, Clock(process))
+        optimizers.gather(losses[step // settings.warmup_steps], batches)
         optimizers.step(1.0, settings.muon_momentum)
-        log.line(f"warmup_step:{step + 1}/{settings.warmup_steps}")
+        log.line(f"warmup_step:{step + 1}/{settings.warmup_steps * len(losses)}")
     with torch.no_grad():
         torch._foreach_copy_(list(model.parameters()), saved)
+
+
+def choose_weights(averages: Averages, model: GPT, batches: list, process: Process, log: Log) -> dict:
+    """Return the weights to export, of several candidates those with the least loss on all ranks' `batches`.
+
+    These are the training tokens after the last step's, not trained on unless the stream has begun anew: the
+    choice never sees validation text.
+    """
+    candidates, losses = averages.candidates(), {}
+    for name, weights in candidates.items() if len(candidates) > 1 else ():
+        total = torch.zeros((), dtype=torch.float64, device=process.device)
+        for ids in (batch.to(process.device).long() for batch in batches):
+            with torch.no_grad(), process.precision():
+                total += torch.func.functional_call(model, weights, (ids[:, :-1], ids[:, 1:]))
+        losses[name] = float(process.sum(total)) / averages.settings.micro_batch_slots
+    chosen = min(losses or candidates, key=losses.get if losses else None)
+    numbers = {"ema_updates": averages.updates, "swa_snapshots": averages.snapshots}
+    numbers |= {f"held_out_train_loss_{name}": round(loss, 8) for name, loss in losses.items()}
+    numbers["moved"] = averages.moved(candidates[chosen])
+    line = " ".join(f"{name}:{value:.6g}" for name, value in numbers.items())
+    log.event("average", f"average:{chosen} {line} of the weights", average=chosen, **numbers)
+    return {name: weight for name, weight in candidates[chosen].items() if not name.startswith("mtp_heads.")}
 
 
 def train(
@@ -2052,13 +2491,15 @@ def train(
 
     Returns the averaged weights and training's numbers for result.json.
     """
-    forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+    aware = QuantizationAware(model, settings)
+    modules = {"off": [model], "step0": [aware]}.get(settings.qat_start, [model, aware])
+    losses = [torch.compile(m, dynamic=False, fullgraph=True) if compiled else m for m in modules]
     logits = torch.compile(model.logits, dynamic=False) if compiled else model.logits
-    warm_up(model, forward, dataset.stream, settings, process, log)
-    optimizers, ema = Optimizers(model, settings, process), Ema(model, settings.ema_decay)
+    warm_up(model, losses, dataset.stream, settings, process, log)
+    optimizers, averages = Optimizers(model, settings, process), Averages(model, settings)
     clock, watch, bar = Clock(process), LossWatch(), process.progress(settings.iterations, "train")
     limit_ms, total = 1000.0 * settings.max_wallclock_seconds or math.inf, settings.iterations
-    step, logged = 0, 0
+    step, logged, quantized = 0, 0, False
     clock.start()
     while True:
         batches, elapsed_ms = load_batches(dataset.stream, step, settings, process, clock)
@@ -2072,27 +2513,29 @@ def train(
             watch.drain()
             chunks = score_validation(logits, dataset, settings, settings.window, process, "validate")
             val = account(chunks, dataset, process)
-            losses = {"val_loss": val.val_loss, "val_bpb": val.val_bpb}
-            log.step("validation", step, total, clock.total_ms, **losses)
+            validation = {"val_loss": val.val_loss, "val_bpb": val.val_bpb}
+            log.step("validation", step, total, clock.total_ms, **validation)
             if finished:
                 break
             clock.start()
         scale = learning_rate_scale(step, elapsed_ms, settings)
-        loss = optimizers.gather(forward, batches)
+        if not quantized and quantization_starts(step, elapsed_ms, scale, settings):
+            quantized, effect = True, aware.effect()
+            line = " ".join(f"{name}:{value:.6g}" for name, value in effect.items())
+            log.event("qat", f"qat:on step:{step} scale:{scale:.4f} {line}", step=step, scale=scale, **effect)
+        aware.sharpen(scale)
+        loss = optimizers.gather(losses[-1 if quantized else 0], batches)
         optimizers.step(scale, momentum_at(step, settings))
-        ema.update()
         step += 1
+        averages.update(step, scale)
         watch.push(step, settings.matrix_lr * scale, loss)
         bar.update()
     bar.close()
     if step < total:
         log.line(f"stopping_early: wallclock_cap train_time:{clock.total_ms:.0f}ms step:{step}/{total}")
-    moved = ema.moved()
-    log.event(
-        "average", f"ema: decay:{ema.decay} updates:{ema.count} moved:{moved:.6f} of the weights", moved=moved
-    )
+    weights = choose_weights(averages, model, batches, process, log)
     numbers = {"steps": step, "train_seconds": clock.total_ms / 1000, "train_loss": watch.last_good}
-    return ema.weights(), numbers | {f"training_{name}": value for name, value in losses.items()}
+    return weights, numbers | {f"training_{name}": value for name, value in validation.items()}
 
 
 def export(
@@ -2128,7 +2571,7 @@ def evaluate(
     clock = Clock(process)
     clock.start()
     shape = {name: artifact.settings[name] for name in settings.stored_values(("shape",))}
-    model = GPT(dataclasses.replace(settings, **shape)).to(process.device)
+    model = GPT(dataclasses.replace(settings, mtp_num_heads=0, **shape)).to(process.device)
     model.load_state_dict(artifact.weights)
     logits = torch.compile(model.logits, dynamic=False) if compiled else model.logits
     final = score_final(logits, dataset, settings, process, log)

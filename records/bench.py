@@ -69,7 +69,7 @@ def bench_recipe(recipe: str, variables: dict[str, str], process: train_gpt.Proc
     torch.manual_seed(0)
     model = train_gpt.GPT(settings).to(process.device)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
-    optimizers, ema = train_gpt.Optimizers(model, settings, process), train_gpt.Ema(model, settings.ema_decay)
+    optimizers, averages = train_gpt.Optimizers(model, settings, process), train_gpt.Averages(model, settings)
     rows = settings.train_batch_tokens // settings.micro_batch_slots // settings.train_seq_len
     shape = (rows, settings.train_seq_len + 1)
     batches = [
@@ -82,7 +82,7 @@ def bench_recipe(recipe: str, variables: dict[str, str], process: train_gpt.Proc
 
     def update():
         optimizers.step(1.0, 0.9)
-        ema.update()
+        averages.update(1, 1.0)
 
     def step():
         gather()
@@ -104,7 +104,8 @@ def bench_recipe(recipe: str, variables: dict[str, str], process: train_gpt.Proc
     score_seconds = median_seconds(process, 3, score)
     tokenizer = train_gpt.Tokenizer(b'{"config": {"byte_offset": 4}}')
     start = time.perf_counter()
-    artifact = train_gpt.pack_artifact(ema.weights(), settings, tokenizer, embed=False)
+    weights = next(iter(averages.candidates().values()))
+    artifact = train_gpt.pack_artifact(weights, settings, tokenizer, embed=False)
     return {
         "variables": variables,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -11,9 +11,34 @@ import os
 
 import train_gpt
 
+SMOKE = {"RECIPE": "smoke", "MUON_WD": "0.1"}
+OPTIMIZERS = {
+    "plain": {},
+    "clipped": {"GRAD_CLIP_NORM": "0.05"},
+    "parallel": {"PARALLEL_MUON": "1", "MUON_WD_ORDER": "after"},
+    "parallel clipped": {"PARALLEL_MUON": "1", "GRAD_CLIP_NORM": "0.05"},
+    "parallel quantized": {"PARALLEL_MUON": "1", "QAT_START": "step0", "BIGRAM_VOCAB_SIZE": "40"},
+}
+
+
+def train(settings, process):
+    """Take four steps; return the loss, all weights, and on how many ranks they are equal to rank 0's."""
+    torch.manual_seed(0)
+    model = train_gpt.GPT(settings)
+    loss_of = model if settings.qat_start == "off" else train_gpt.QuantizationAware(model, settings)
+    optimizers = train_gpt.Optimizers(model, settings, process)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        slots = torch.randint(0, 384, (2, 4, 33), generator=generator, dtype=torch.int32)
+        loss = optimizers.gather(loss_of, list(slots[process.rank :: process.world_size]))
+        optimizers.step(1.0, 0.9)
+    weights = json.dumps({name: p.detach().flatten().tolist() for name, p in model.named_parameters()})
+    same = process.sum(torch.tensor([float(process.share(weights) == weights)])).item()
+    return {"loss": float(loss), "weights": json.loads(weights), "same": same}
+
 
 def main():
-    settings = train_gpt.Settings.from_env({"RECIPE": "smoke", "MUON_WD": "0.1"})
+    settings = train_gpt.Settings.from_env(SMOKE)
     with train_gpt.open_process(os.environ, settings) as process:
         report = {"world_size": process.world_size}
         report["sum"] = process.sum(torch.tensor([1.0 + process.rank, 10.0])).tolist()
@@ -24,21 +49,8 @@ def main():
             process.agree(0.0, failure)
         except train_gpt.DataError as error:
             report["failure"] = str(error)
-        torch.manual_seed(0)
-        model = train_gpt.GPT(settings)
-        optimizers = train_gpt.Optimizers(model, settings, process)
-        generator = torch.Generator().manual_seed(1)
-        for _ in range(3):
-            slots = torch.randint(0, 384, (2, 4, 33), generator=generator, dtype=torch.int32)
-            loss = optimizers.gather(model, list(slots[process.rank :: process.world_size]))
-            optimizers.step(1.0, 0.9)
-        report["loss"] = float(loss)
-        report["weights"] = [float(p.detach().double().abs().sum()) for p in model.parameters()]
-        texts = [None] * process.world_size
-        texts = [process.share(json.dumps(report["weights"]))]
-        report["same_weights"] = process.sum(
-            torch.tensor([float(texts[0] == json.dumps(report["weights"]))])
-        ).item()
+        for name, changes in OPTIMIZERS.items():
+            report[name] = train(train_gpt.Settings.from_env(SMOKE | changes), process)
         if process.is_main:
             Path(sys.argv[1]).write_text(json.dumps(report))
 

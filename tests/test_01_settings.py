@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from conftest import metrics_of, result_of
@@ -48,7 +49,7 @@ def test_hand_set_wins_over_recipe():
         ({"MAX_WALLCLOCK_SECONDS": "inf"}, ["MAX_WALLCLOCK_SECONDS='inf'", "finite number"]),
         ({"TIE_EMBEDDINGS": "yes"}, ["TIE_EMBEDDINGS='yes'", "0 (off) or 1 (on)"]),
         ({"TIE_EMBEDDINGS": "true"}, ["TIE_EMBEDDINGS='true'", "0 (off) or 1 (on)"]),
-        ({"RECIPE": "bigger"}, ["RECIPE='bigger'", "choose one of baseline, cpu, smoke"]),
+        ({"RECIPE": "bigger"}, ["RECIPE='bigger'", "choose one of baseline, cpu, smoke, pr890"]),
         ({"ATTENTION": "flash"}, ["ATTENTION='flash'", "auto, sdpa, fa3, fa4"]),
         ({"COMPILE": "2"}, ["COMPILE='2'", "auto, 0, 1"]),
         ({"MATRIX_BITS": "7"}, ["MATRIX_BITS=7", "5, 6, 8"]),
@@ -62,6 +63,21 @@ def test_hand_set_wins_over_recipe():
         ({"TRAIN_BATCH_TOKENS": "500000"}, ["TRAIN_BATCH_TOKENS=500000", "8192"]),
         ({"VAL_BATCH_SIZE": "1024"}, ["VAL_BATCH_SIZE=1024", "MICRO_BATCH_SLOTS windows", "8192"]),
         ({"EVAL_STRIDE": "2000"}, ["EVAL_STRIDE=2000", "at most the scoring window", "1024"]),
+        ({"XSA_LAST_N": "10"}, ["XSA_LAST_N=10", "at most NUM_LAYERS", "9"]),
+        ({"VE_LAYERS": "3,9"}, ["VE_LAYERS='3,9'", "numbers below NUM_LAYERS", "9"]),
+        ({"VE_LAYERS": "3,x"}, ["VE_LAYERS='3,x'", "numbers below NUM_LAYERS"]),
+        ({"ROPE_DIMS": "66"}, ["ROPE_DIMS=66", "at most a head's channels", "64"]),
+        ({"ROPE_DIMS": "3"}, ["ROPE_DIMS=3", "even"]),
+        ({"MTP_NUM_HEADS": "64", "TRAIN_SEQ_LEN": "64", "EVAL_STRIDE": "64"}, ["MTP_NUM_HEADS=64", "below"]),
+        ({"AVERAGE": "mean", "EMA_DECAY": "0"}, ["EMA_DECAY=0.0", "above 0 for AVERAGE=mean"]),
+        ({"SWA_SOURCE": "ema", "EMA_DECAY": "0"}, ["EMA_DECAY=0.0", "SWA_SOURCE=ema"]),
+        ({"QAT_START": "late"}, ["QAT_START='late'", "off, step0, scale:<x> or time:<x>"]),
+        ({"QAT_START": "scale:1.5"}, ["QAT_START='scale:1.5'", "x at most (1)"]),
+        ({"QAT_START": "time:"}, ["QAT_START='time:'"]),
+        ({"SOFT_ROUND_QAT": "1"}, ["QAT_START='off'", "on for SOFT_ROUND_QAT"]),
+        ({"CROWN_Q_LAMBDA": "0.1"}, ["QAT_START='off'", "CROWN_Q_LAMBDA", "0.1"]),
+        ({"LEAKY_RELU": "1"}, ["LEAKY_RELU='1'", "set MLP_ACTIVATION"]),
+        ({"LATE_QAT_THRESHOLD": "0.5"}, ["LATE_QAT_THRESHOLD='0.5'", "set QAT_START"]),
         ({"NUM_LAYRES": "4"}, ["NUM_LAYRES='4'", "NUM_LAYERS"]),
         ({"ITERATION": "4"}, ["ITERATION='4'", "ITERATIONS"]),
         ({"EVAL_STRIDES": "4"}, ["EVAL_STRIDES='4'", "EVAL_STRIDE"]),
@@ -132,9 +148,29 @@ ACTS = {
     "NUM_HEADS": "8",
     "NUM_KV_HEADS": "4",
     "MLP_MULT": "1.5",
+    "MLP_ACTIVATION": "leaky2",
     "TIE_EMBEDDINGS": "0",
     "LOGIT_SOFTCAP": "5",
     "ROPE_BASE": "100",
+    "ROPE_DIMS": "4",
+    "ROPE_NTK_LENGTH": "16",
+    "XSA_LAST_N": "1",
+    "VALUE_RESIDUAL": "1",
+    "GATED_ATTN": "1",
+    "DTG_ENABLED": "1",
+    "LN_SCALE": "norm",
+    "UNET_LONGER_HALF": "encoder",
+    "BIGRAM_VOCAB_SIZE": "64",
+    "BIGRAM_DIM": "8",
+    "BIGRAM_HASH": "linear",
+    "SMEAR_GATE": "half",
+    "PRE_ENRICH_DIM": "16",
+    "VE_LAYERS": "1",
+    "VE_DIM": "8",
+    "MTP_NUM_HEADS": "1",
+    "MTP_LOSS_WEIGHT": "5",
+    "EMBED_INIT": "overtone",
+    "MATRIX_INIT": "orthogonal",
     "QK_GAIN_INIT": "1",
     "TIED_EMBED_INIT_STD": "0.1",
     "TIED_EMBED_LR": "0.1",
@@ -147,14 +183,30 @@ ACTS = {
     "MUON_MOMENTUM_WARMUP_STEPS": "2",
     "MUON_BACKEND_STEPS": "2",
     "MUON_WD": "0.5",
+    "MUON_WD_ORDER": "after",
+    "MUON_SCOPE": "lookup",
+    "PARALLEL_MUON": "1",
     "ADAM_WD": "0.5",
     "BETA1": "0.5",
     "BETA2": "0.5",
     "ADAM_EPS": "0.1",
     "GRAD_CLIP_NORM": "0.01",
     "EMA_DECAY": "0",
+    "AVERAGE": "swa",
+    "SWA_SOURCE": "ema",
+    "SWA_EVERY": "2",
+    "SWA_START_SCALE": "0.6",
     "MATRIX_BITS": "5",
     "EMBED_BITS": "6",
+    "LOOKUP_BITS": "5",
+    "FP16_MAX_NUMEL": "600",
+    "QUANT_SEARCH": "1",
+    "QUANT_SCALE_FLOOR": "1",
+    "PRUNE_PCT": "0.3",
+    "QAT_START": "step0",
+    "SOFT_ROUND_QAT": "1",
+    "CROWN_Q_LAMBDA": "100",
+    "COMPRESSOR": "lzma",
     "EVAL_SEQ_LEN": "16",
     "EVAL_STRIDE": "8",
     "TRAIN_LOG_EVERY": "1",
@@ -180,13 +232,20 @@ ACTS = {
 }
 BASE = {"EMBED_LR": {"TIE_EMBEDDINGS": "0"}, "HEAD_LR": {"TIE_EMBEDDINGS": "0"}, "RUN_ID": {"RUN_DIR": ""}}
 BASE |= {"EVAL_SEQ_LEN": {"EVAL_STRIDE": "8"}, "MICRO_BATCH_SLOTS": {}, "ADAM_EPS": {"WARMDOWN_ITERS": "0"}}
+WITH_BIGRAMS = ("BIGRAM_DIM", "BIGRAM_HASH", "MUON_SCOPE", "LOOKUP_BITS")
+BASE |= {name: {"BIGRAM_VOCAB_SIZE": "64"} for name in WITH_BIGRAMS}
+BASE |= {"VE_DIM": {"VE_LAYERS": "1"}, "MTP_LOSS_WEIGHT": {"MTP_NUM_HEADS": "1"}}
+BASE |= {"MUON_WD_ORDER": {"MUON_WD": "0.5"}, "QUANT_SEARCH": {"MATRIX_BITS": "5"}}
+BASE |= {name: {"QAT_START": "step0"} for name in ("SOFT_ROUND_QAT", "CROWN_Q_LAMBDA")}
+SWA = {"AVERAGE": "swa", "SWA_EVERY": "1", "SWA_START_SCALE": "2"}
+BASE |= {"AVERAGE": SWA | {"AVERAGE": "ema"}, "SWA_SOURCE": SWA, "SWA_EVERY": SWA, "SWA_START_SCALE": SWA}
 BASE |= {"TRAIN_LOG_EVERY": {"ITERATIONS": "12", "TRAIN_LOG_EVERY": "0"}}
 
 
 def observe(env, monkeypatch, tmp_path):
     """Run and return everything a user could notice, times left out."""
     monkeypatch.chdir(tmp_path)
-    seen = {"compiled": 0, "passes": 0}
+    seen = {"compiled": 0, "passes": 0, "scattered": False}
     chunk = train_gpt.ScoredChunk
 
     def count_compile(function, **_):
@@ -197,6 +256,13 @@ def observe(env, monkeypatch, tmp_path):
         seen["passes"] += 1
         return chunk(*values)
 
+    start_sum = train_gpt.Process.start_sum
+
+    def watch_sum(process, bank, own_only):
+        seen["scattered"] |= own_only
+        return start_sum(process, bank, own_only)
+
+    monkeypatch.setattr(train_gpt.Process, "start_sum", watch_sum)
     monkeypatch.setattr(train_gpt.torch, "compile", count_compile)
     monkeypatch.setattr(train_gpt, "ScoredChunk", count_pass)
     seen["exit"] = train_gpt.main(env)
@@ -209,6 +275,9 @@ def observe(env, monkeypatch, tmp_path):
         seen["weights"] = [tensor.numpy().tobytes() for tensor in artifact.weights.values()]
         seen["numbers"] = [result[name] for name in ("val_loss", "val_bpb", "steps", "train_loss")]
         seen["events"] = [len(metrics_of(env, event)) for event in ("train", "validation")]
+        log = (run_dirs[0] / "run.log").read_text()
+        seen["lines"] = [re.sub(r"[\d.]+", "", line) for line in log.splitlines() if "average:" in line]
+        seen["header"] = (run_dirs[0] / "artifact.bin").read_bytes()[-40:]
         seen["warmup"] = (run_dirs[0] / "run.log").read_text().count("warmup_step:")
     for run_dir in run_dirs:
         (run_dir / "result.json").unlink()

@@ -11,6 +11,8 @@ from conftest import REPOSITORY, shell_environment
 
 import train_gpt
 
+OPTIMIZERS = ("plain", "clipped", "parallel", "parallel clipped", "parallel quantized")  # of ranks.py
+
 
 def torchrun(ranks, *arguments, env=None, **keywords):
     """Run a script on several ranks of this machine."""
@@ -42,10 +44,19 @@ def test_one_rank_failing_fails_every_rank(reports):
     assert reports[0]["failure"] == reports[1]["failure"] == "shard 7 is bad"
 
 
-def test_two_ranks_take_the_same_steps_as_one(reports):
-    assert reports[1]["same_weights"] == 2.0
-    assert reports[1]["loss"] == pytest.approx(reports[0]["loss"], rel=1e-5)
-    assert reports[1]["weights"] == pytest.approx(reports[0]["weights"], rel=1e-4)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_two_ranks_take_the_same_steps_as_one(reports, name):
+    """Plain and parallel Muon, with banks that need padding (three layers), with the global norm clipped."""
+    one, two = (report[name] for report in reports)
+    assert two["same"] == 2.0
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    for key, values in one["weights"].items():
+        assert two["weights"][key] == pytest.approx(values, abs=1e-4), key
+
+
+def test_parallel_muon_is_plain_muon(reports):
+    for report in reports:
+        assert report["parallel clipped"] == report["clipped"]
 
 
 def test_open_process_refuses_ranks_that_do_not_share_out():
@@ -71,7 +82,7 @@ def test_open_process_refuses_ranks_that_do_not_share_out():
 def test_open_process_refuses_ranks_that_torchrun_did_not_give(variables):
     settings = train_gpt.Settings.from_env({"RECIPE": "smoke"})
     with (
-        pytest.raises(train_gpt.SettingError, match="are not torchrun's; start it with torchrun"),
+        pytest.raises(train_gpt.SettingError, match="are not torchrun's; use torchrun"),
         train_gpt.open_process(variables, settings),
     ):
         pass

@@ -264,7 +264,7 @@ def set_split(split, name, value):
         (lambda f: (f / "tokenizer.model").unlink(), "No such file or directory; set it to the shards' own"),
         (lambda f: (f / "manifest.json").write_text("{"), "not a manifest of data/text.py"),
         (lambda f: (f / "manifest.json").write_text("[]"), "not a manifest of data/text.py"),
-        (set_split("val", "bytes", 12345), "12345 raw validation bytes, "),
+        (set_split("val", "bytes", 12345), "12345 raw val bytes, "),
         (set_split("val", "sha256", "0"), "describes other validation shards"),
         (
             lambda f: edit_manifest(f, lambda m: m["tokenizer"].update(sha256="0")),
@@ -285,9 +285,7 @@ def test_datasets_that_do_not_fit_together_are_refused(env, dataset_dir, tmp_pat
 
 
 def test_vocabulary_must_be_the_tokenizers(env):
-    with pytest.raises(
-        SettingError, match="VOCAB_SIZE=500 is not the tokenizer's 384 pieces; set it to that"
-    ):
+    with pytest.raises(SettingError, match="VOCAB_SIZE=500 is not the tokenizer's 384 pieces; set that"):
         load({**env, "VOCAB_SIZE": "500"})
 
 

@@ -21,9 +21,22 @@ def make_model(seed=0, **changes):
     return model.double()
 
 
+# As the submissions' logs state them; pr834's counts the gate head of its n-gram rule, 512 * 7 + 7, as well.
+COUNTS = {"baseline": 17_059_912, "pr890": 33_055_836, "pr810": 25_254_992, "pr779": 33_317_980}
+COUNTS |= {"pr834": 33_321_571 - 3_591, "pr864": 26_744_007}
+
+
+@pytest.mark.parametrize("recipe", COUNTS)
+def test_recipes_have_their_submissions_parameters(recipe):
+    with torch.device("meta"):
+        model = GPT(Settings.from_env({"RECIPE": recipe}))
+        wider = GPT(Settings.from_env({"RECIPE": "pr864", "BIGRAM_VOCAB_SIZE": "1536"}))
+    assert sum(parameter.numel() for parameter in model.parameters()) == COUNTS[recipe]
+    assert sum(parameter.numel() for parameter in wider.parameters()) == 26_809_543
+
+
 def test_baseline_has_the_contests_parameters():
     model = GPT(Settings())
-    assert sum(parameter.numel() for parameter in model.parameters()) == 17_059_912
     names = set(dict(model.named_parameters()))
     block = ("attn.c_q.weight", "attn.c_k.weight", "attn.c_v.weight", "attn.proj.weight", "attn.q_gain")
     block += ("mlp.fc.weight", "mlp.proj.weight", "attn_scale", "mlp_scale", "resid_mix")
@@ -94,8 +107,8 @@ def test_causality_check_catches_a_model_that_peeks(monkeypatch):
 
 def test_rotary_is_complex_rotation():
     x = torch.randn(1, 1, 7, 10, dtype=torch.float64)
-    cos, sin = train_gpt.rotary_tables(9, 10, 10_000.0)
-    got = train_gpt.apply_rotary(x, cos, sin)[0, 0].numpy()
+    rotary = train_gpt.rotary_tables(9, 10, 10_000.0)
+    got = train_gpt.apply_rotary(x, rotary)[0, 0].numpy()
     # The contest turns clockwise (x1 cos + x2 sin, x2 cos - x1 sin): the conjugate of counter-clockwise.
     np.testing.assert_allclose(got, reference.rotate(x[0, 0].numpy(), 10_000.0), atol=1e-6)
 
@@ -108,12 +121,149 @@ def test_attention_against_a_naive_twin(kv_heads):
     heads = {
         name: getattr(layer, name)(x)[0].view(9, -1, 8).transpose(0, 1) for name in ("c_q", "c_k", "c_v")
     }
-    q = train_gpt.apply_rotary(train_gpt.rms_norm(heads["c_q"]), model.cos, model.sin)
-    k = train_gpt.apply_rotary(train_gpt.rms_norm(heads["c_k"]), model.cos, model.sin)
+    q = train_gpt.apply_rotary(train_gpt.rms_norm(heads["c_q"]), model.rotary_32)
+    k = train_gpt.apply_rotary(train_gpt.rms_norm(heads["c_k"]), model.rotary_32)
     q = (q * layer.q_gain[:, None, None]).detach().numpy()
     y = reference.attention(q, k.detach().numpy(), heads["c_v"].detach().numpy())
     expected = y.transpose(1, 0, 2).reshape(9, 32) @ layer.proj.weight.detach().numpy().T
-    np.testing.assert_allclose(layer(x, model.cos, model.sin)[0].detach().numpy(), expected, atol=1e-9)
+    got, values = layer(x, model.rotary_32)
+    np.testing.assert_allclose(got[0].detach().numpy(), expected, atol=1e-9)
+    assert values.equal(layer.c_v(x))
+
+
+PARTS = {
+    "baseline": {},
+    "bigram xor": {"BIGRAM_VOCAB_SIZE": "37", "BIGRAM_DIM": "5"},
+    "bigram linear": {"BIGRAM_VOCAB_SIZE": "37", "BIGRAM_DIM": "5", "BIGRAM_HASH": "linear"},
+    "bigram of one row": {"BIGRAM_VOCAB_SIZE": "1", "BIGRAM_HASH": "linear"},
+    "smear half": {"SMEAR_GATE": "half"},
+    "smear twentieth": {"SMEAR_GATE": "twentieth"},
+    "value embedding": {"VE_LAYERS": "0,2", "VE_DIM": "6"},
+    "value residual": {"VALUE_RESIDUAL": "1", "NUM_LAYERS": "4"},
+    "value residual and embedding": {"VALUE_RESIDUAL": "1", "VE_LAYERS": "0,1"},
+    "gated attention": {"GATED_ATTN": "1"},
+    "exclusive": {"XSA_LAST_N": "2"},
+    "exclusive, all heads own": {"XSA_LAST_N": "3", "NUM_KV_HEADS": "4"},
+    "exclusive, one value": {"XSA_LAST_N": "1", "NUM_KV_HEADS": "1"},
+    "partial rotary": {"ROPE_DIMS": "4"},
+    "rotary beyond its length": {"ROPE_DIMS": "6", "ROPE_NTK_LENGTH": "7", "TRAIN_SEQ_LEN": "16"},
+    "norm scale": {"LN_SCALE": "norm"},
+    "branch scale": {"LN_SCALE": "branch"},
+    "leaky": {"MLP_ACTIVATION": "leaky2", "MLP_MULT": "1.3"},
+    "longer encoder": {"UNET_LONGER_HALF": "encoder", "NUM_LAYERS": "5"},
+    "longer decoder": {"NUM_LAYERS": "5"},
+    "pre-enrichment": {"PRE_ENRICH_DIM": "20", "SMEAR_GATE": "twentieth", "BIGRAM_VOCAB_SIZE": "9"},
+    "token gate": {"DTG_ENABLED": "1"},
+}
+PARTS["everything"] = {k: v for changes in PARTS.values() for k, v in changes.items() if k != "NUM_KV_HEADS"}
+for recipe in ("pr890", "pr810", "pr864"):  # at a width that one can wait for
+    PARTS[recipe] = {"RECIPE": recipe, "MODEL_DIM": "96", "TRAIN_SEQ_LEN": "16", "EVAL_STRIDE": "16"}
+    PARTS[recipe] |= {"TRAIN_BATCH_TOKENS": "512", "NUM_HEADS": "8", "ROPE_DIMS": "12"}
+    PARTS[recipe] |= {"NUM_KV_HEADS": "4", "ROPE_NTK_LENGTH": "9"}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_against_a_slow_twin(part):
+    """The whole model in float64 NumPy, one position after the other (reference.py), at 16 random tokens."""
+    settings = Settings.from_env(TINY | {"TRAIN_SEQ_LEN": "16", "EVAL_STRIDE": "8"} | PARTS[part])
+    model = make_model(**{"TRAIN_SEQ_LEN": "16", "EVAL_STRIDE": "8"} | PARTS[part])
+    ids = torch.randint(0, 50, (2, 16))
+    weights = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    for got, sequence in zip(model.logits(ids), ids.numpy(), strict=True):
+        want = reference.model_logits(weights, settings, sequence)
+        np.testing.assert_allclose(got.detach().numpy(), want, atol=2e-4 if "rotary" in part else 2e-5)
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part != "baseline"])
+def test_every_part_keeps_causality(part):
+    test_no_position_sees_a_later_token(PARTS[part] | {"TRAIN_SEQ_LEN": "32", "EVAL_STRIDE": "8"})
+
+
+SINGLE = [part for part in PARTS if part not in ("baseline", "bigram of one row") and part[:2] != "pr"]
+
+
+@pytest.mark.parametrize("part", [*SINGLE, "pre-enrichment"])
+def test_the_twin_notices_a_part_left_out(part):
+    """Sabotage: the twin without the part computes something else."""
+    model = make_model(**{"TRAIN_SEQ_LEN": "16", "EVAL_STRIDE": "8"} | PARTS[part])
+    plain = {name: PARTS[part][name] for name in ("NUM_LAYERS", "NUM_KV_HEADS") if name in PARTS[part]}
+    plain |= {"UNET_LONGER_HALF": "encoder"} if part == "longer decoder" else {}
+    settings = Settings.from_env(TINY | {"TRAIN_SEQ_LEN": "16", "EVAL_STRIDE": "8"} | plain)
+    weights = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    ids = torch.randint(0, 50, (1, 16))
+    want = reference.model_logits(weights, settings, ids[0].numpy())
+    assert abs(model.logits(ids)[0].detach().numpy() - want).max() > 1e-4
+
+
+def test_rotary_tables_go_by_the_window():
+    """Training and scoring windows of different length each have the table of their own length."""
+    changes = {"TRAIN_SEQ_LEN": "16", "EVAL_SEQ_LEN": "32", "EVAL_STRIDE": "8", "ROPE_NTK_LENGTH": "8"}
+    both, short = make_model(**changes), make_model(**changes | {"EVAL_SEQ_LEN": "16"})
+    ids = torch.randint(0, 50, (1, 32))
+    assert both.logits(ids[:, :16]).equal(short.logits(ids[:, :16]))
+    assert not both.logits(ids)[:, :16].equal(short.logits(ids[:, :16]))
+
+
+def test_bigram_hash_by_hand():
+    ids = torch.tensor([[7, 3, 3], [0, 1, 0]])
+    expected = [[10, ((36313 * 3) ^ (27191 * 7)) % 10, ((36313 * 3) ^ (27191 * 3)) % 10]]
+    assert train_gpt.bigram_indices(ids, 11, "xor")[:1].tolist() == expected
+    expected = [[0, 1, 92821 % 11]]
+    assert train_gpt.bigram_indices(ids, 11, "linear")[1:].tolist() == expected
+
+
+def test_multi_token_heads_add_the_loss_of_targets_further_ahead():
+    model = make_model(MTP_NUM_HEADS="2", MTP_LOSS_WEIGHT="0.3", LOGIT_SOFTCAP="0")
+    plain = make_model(LOGIT_SOFTCAP="0")
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "mtp" not in k})
+    ids = torch.randint(0, 50, (2, 9))
+    x, extra = model.hidden(ids[:, :-1]), 0.0
+    for k in range(2):
+        logp = (x @ model.mtp_heads[k].weight.T).log_softmax(-1)
+        losses = [-logp[b, t, ids[b, t + 2 + k]] for b in range(2) for t in range(7 - k)]
+        extra += 0.3 / 2 * sum(losses) / len(losses)
+    expected = plain(ids[:, :-1], ids[:, 1:]) + extra
+    assert model(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert model.logits(ids).equal(plain.logits(ids))
+
+
+def test_enrichment_is_the_distance_it_moves():
+    model = make_model(PRE_ENRICH_DIM="20", SMEAR_GATE="half")
+    ids = torch.randint(0, 50, (2, 9))
+    x = model.smeared(ids).detach().numpy()
+    weights = [model.pre_enrich[i].weight.detach().numpy() for i in (0, 2)]
+    change = reference.gelu(x @ weights[0].T) @ weights[1].T - x
+    np.testing.assert_allclose(model.enrichment(ids).detach().numpy(), (change**2).sum(-1) ** 0.5, atol=1e-9)
+
+
+def test_initial_values_of_the_parts():
+    settings = Settings.from_env({"RECIPE": "pr890", "NUM_LAYERS": "2", "VE_LAYERS": "1", "XSA_LAST_N": "0"})
+    model = GPT(settings)
+    assert model.bigram.embed.weight.abs().max() == 0
+    assert model.bigram.scale.item() == pytest.approx(0.05)
+    assert model.ve_shared.embed.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    for matrix, size in (
+        (model.blocks[0].attn.c_q, 1),
+        (model.blocks[1].mlp.fc, 1),
+        (model.bigram.proj, 0.5),
+        (model.ve_shared.proj, 0.5),
+    ):
+        values = torch.linalg.svdvals(matrix.weight)
+        torch.testing.assert_close(values, torch.full_like(values, size), rtol=1e-4, atol=0)
+    assert model.smear_gate.sigmoid().mean() == 0.5
+    model = GPT(Settings.from_env({"RECIPE": "pr810", "NUM_LAYERS": "1", "XSA_LAST_N": "0"}))
+    values = torch.linalg.svdvals(model.tok_emb.weight)
+    torch.testing.assert_close(values, values[0] / torch.arange(1, 513) ** 0.5, rtol=1e-3, atol=0)
+    assert model.bigram.embed.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert model.bigram.scale is None
+    assert model.smear_gate.sigmoid().mean().item() == pytest.approx(0.0474, abs=1e-4)
+
+
+def test_gates_start_open():
+    model = GPT(Settings.from_env(TINY | {"GATED_ATTN": "1", "DTG_ENABLED": "1"}))
+    x = torch.randn(3, 32)
+    assert torch.sigmoid(model.blocks[0].attn.attn_gate(x)).mean().item() == pytest.approx(0.982, abs=1e-3)
+    assert torch.sigmoid(model.blocks[0].dtg_gate(x)).mean().item() == pytest.approx(0.881, abs=1e-3)
 
 
 def test_grouped_queries_equal_repeated_heads():
@@ -138,6 +288,17 @@ def test_skips_connect_first_and_last_blocks():
         model.skip_weights[0].zero_()
     assert not model.logits(ids).equal(before)
     assert make_model(NUM_LAYERS="1").skip_weights.shape == (0, 32)
+
+
+def test_roles_of_the_parts():
+    with torch.device("meta"):
+        model = GPT(Settings.from_env({"RECIPE": "pr864", "VE_LAYERS": "9", "PRE_ENRICH_DIM": "8"}))
+    roles = {name: train_gpt.parameter_role(name, parameter) for name, parameter in model.named_parameters()}
+    assert roles["bigram.embed.weight"] == roles["ve_shared.embed.weight"] == "lookup"
+    assert roles["bigram.proj.weight"] == roles["ve_shared.proj.weight"] == "projection"
+    assert roles["pre_enrich.0.weight"] == roles["blocks.3.mlp.proj.weight"] == "matrix"
+    scalars = ("bigram.scale", "blocks.0.attn.attn_gate.weight", "blocks.0.attn.attn_gate.bias", "smear_gate")
+    assert {roles[name] for name in scalars} == {"scalar"}
 
 
 def test_parameter_roles():

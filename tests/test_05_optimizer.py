@@ -35,17 +35,19 @@ def test_orthogonalize_takes_batches_and_zero():
     assert train_gpt.orthogonalize(torch.zeros(2, 3, 3), 5).abs().max() == 0
 
 
-@pytest.mark.parametrize("decay", ["0", "0.1"])
-def test_muon_against_float64(process, decay):
+@pytest.mark.parametrize("parallel", ["0", "1"])
+@pytest.mark.parametrize(("decay", "order"), [("0", "before"), ("0.1", "before"), ("0.1", "after")])
+def test_muon_against_float64(process, decay, order, parallel):
     torch.manual_seed(0)
     shapes = [(6, 10), (10, 6), (6, 10), (8, 8)]
     matrices = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     twins = [reference.MuonTwin(matrix.detach().numpy()) for matrix in matrices]
-    muon = Muon(matrices, settings_of(MUON_WD=decay), process)
+    settings = settings_of(MUON_WD=decay, MUON_WD_ORDER=order, PARALLEL_MUON=parallel)
+    muon = Muon(matrices, settings, process)
     for step in range(4):
         for matrix, twin in zip(matrices, twins, strict=True):
-            matrix.grad = torch.randn_like(matrix)
-            twin.step(matrix.grad.numpy(), 0.05, 0.8 + 0.03 * step, float(decay), 5)
+            matrix.grad.normal_()
+            twin.step(matrix.grad.numpy(), 0.05, 0.8 + 0.03 * step, float(decay), 5, order)
         muon.step(0.05, 0.8 + 0.03 * step)
     for matrix, twin in zip(matrices, twins, strict=True):
         np.testing.assert_allclose(matrix.detach().numpy(), twin.weight, atol=5e-5)
@@ -59,7 +61,7 @@ def test_muon_agrees_with_torch_optim(process):
     muon = Muon([ours], settings_of(MUON_WD="0.1"), process)
     torch_muon = torch.optim.Muon([theirs], lr=0.05, weight_decay=0.1, momentum=0.9, adjust_lr_fn="original")
     for _ in range(3):
-        ours.grad = torch.randn(16, 8)
+        ours.grad.normal_()
         theirs.grad = ours.grad.clone()
         muon.step(0.05, 0.9)
         torch_muon.step()
@@ -77,7 +79,7 @@ def model_and_optimizers(process, **changes):
 def test_every_parameter_moves_once(process, tied):
     model, optimizers = model_and_optimizers(process, TIE_EMBEDDINGS=tied)
     adam = [p for group in optimizers.adam.param_groups for p in group["params"]]
-    muon = [p for group in optimizers.muon.groups for p in group]
+    muon = [p for bank in optimizers.muon.banks for p in bank.matrices]
     assert len(adam) + len(muon) == len(list(model.parameters())) == len({id(p) for p in adam + muon})
     before = [p.detach().clone() for p in model.parameters()]
     for _ in range(3):  # output matrices start at zero: what lies behind them moves later
@@ -117,7 +119,8 @@ def test_clipping_bounds_the_global_norm(process):
         for parameter in model.parameters():
             parameter.grad.normal_()
         norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
-        optimizers.flat[:-1] *= size / norm
+        for gradients in (optimizers.flat[:-1], *(bank.gradient for bank in optimizers.muon.banks)):
+            gradients *= size / norm
         optimizers.step(0.0, 0.9)
         after = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
         assert after.item() == pytest.approx(expected, rel=1e-4)
@@ -148,3 +151,32 @@ def test_muon_momentum_ramp():
     )
     assert [train_gpt.momentum_at(s, settings) for s in (0, 5, 10, 99)] == pytest.approx([0.5, 0.7, 0.9, 0.9])
     assert train_gpt.momentum_at(0, settings_of(MUON_MOMENTUM_WARMUP_STEPS="0")) == 0.95
+
+
+@pytest.mark.parametrize(
+    ("scope", "muon"),
+    [("matrix", set()), ("projection", {"projection"}), ("lookup", {"projection", "lookup"})],
+)
+def test_muon_scope(process, scope, muon):
+    """Tables that Muon leaves go with the embedding, projections with the scalars (spec of #864)."""
+    parts = {"BIGRAM_VOCAB_SIZE": "16", "VE_LAYERS": "1", "TIED_EMBED_LR": "0.5", "SCALAR_LR": "0.25"}
+    model, optimizers = model_and_optimizers(process, MUON_SCOPE=scope, **parts)
+    taken = {id(p) for bank in optimizers.muon.banks for p in bank.matrices}
+    rates = {id(p): g["base_lr"] for g in optimizers.adam.param_groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        role = train_gpt.parameter_role(name, p)
+        assert (id(p) in taken) == (role in muon | {"matrix"}), name
+        if id(p) not in taken:
+            assert rates[id(p)] == {"lookup": 0.5, "embedding": 0.5}.get(role, 0.25), name
+
+
+def test_quantization_starts():
+    def starts(when, step, elapsed_ms, scale, **changes):
+        return train_gpt.quantization_starts(step, elapsed_ms, scale, settings_of(QAT_START=when, **changes))
+
+    assert not starts("off", 99, 1e9, 0.0)
+    assert starts("step0", 0, 0.0, 1.0)
+    assert [starts("scale:0.5", 0, 0.0, scale) for scale in (1.0, 0.5, 0.49)] == [False, False, True]
+    clock = {"MAX_WALLCLOCK_SECONDS": "10"}
+    assert [starts("time:0.85", 0, ms, 1.0, **clock) for ms in (0, 8_499, 8_500)] == [False, False, True]
+    assert [starts("time:0.5", step, 1e9, 1.0, ITERATIONS="10") for step in (4, 5)] == [False, True]

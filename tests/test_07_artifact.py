@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import lzma
 import math
 import struct
 import tracemalloc
@@ -49,6 +50,61 @@ def test_quantizing_twice_changes_nothing(values, bits):
     once = train_gpt.restore_rows(*train_gpt.quantize_rows(torch.tensor([values]), bits))
     twice = train_gpt.restore_rows(*train_gpt.quantize_rows(once, bits))
     assert (once - twice).abs().max() <= once.abs().max() * 2**-10
+
+
+def slow_search(row, bits, floor):
+    """Error, integers and scale of one row by the percentile with the least squared error."""
+    limit, best = 2 ** (bits - 1) - 1, None
+    for percentile in (1.0, 0.99999, 0.9999, 0.9995, 0.999):
+        clip = torch.quantile(row.abs(), percentile)
+        scale = torch.clamp(clip / limit, min=1 / limit if floor else 2.0**-24).half().float()
+        integers = torch.clamp(torch.round(row / scale), -limit, limit)
+        error = float(((integers * scale - row).double() ** 2).sum())
+        if best is None or error < best[0] * (1 - 1e-6):
+            best = (error, integers, scale)
+    return best
+
+
+@pytest.mark.parametrize("floor", [False, True])
+@pytest.mark.parametrize("bits", [5, 6, 8])
+@pytest.mark.parametrize("columns", [1, 2, 40, 1792])
+def test_percentile_search_against_a_slow_twin(bits, floor, columns):
+    torch.manual_seed(0)
+    weight = torch.distributions.StudentT(2.0).sample((16, columns))
+    weight[3] = 0.0
+    integers, scale = train_gpt.quantize_rows(weight, bits, search=True, floor=floor)
+    restored = train_gpt.restore_rows(integers, scale)
+    for row, got in zip(weight, restored, strict=True):
+        error, _, _ = slow_search(row, bits, floor)
+        assert float(((got - row).double() ** 2).sum()) == pytest.approx(error, rel=1e-3, abs=1e-12)
+
+
+def test_search_helps_heavy_rows_and_the_floor_stops_it():
+    """Below 1.0 every percentile has the floor's scale: there the references' search does nothing."""
+    torch.manual_seed(0)
+    weight = 0.02 * torch.randn(8, 1792)
+    weight[:, 0] = 0.4
+
+    def error(**how):
+        restored = train_gpt.restore_rows(*train_gpt.quantize_rows(weight, 5, **how))
+        return float((restored - weight).square().sum())
+
+    assert error(search=True) < 0.9 * error()
+    assert error(search=True, floor=True) == error(floor=True) > error()
+    scale = train_gpt.quantize_rows(weight, 5, floor=True)[1]
+    assert scale.tolist() == [pytest.approx(1 / 15, rel=1e-3)] * 8
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.25, 0.9])
+def test_pruning_takes_the_smallest(share):
+    torch.manual_seed(0)
+    weight = torch.randn(30, 20)
+    pruned = train_gpt.prune(weight, share)
+    gone = pruned == 0
+    assert int(gone.sum()) == int(share * 600)
+    assert pruned[~gone].equal(weight[~gone])
+    if gone.any():
+        assert weight[gone].abs().max() < weight[~gone].abs().min()
 
 
 @pytest.mark.parametrize("dtype", ["<f2", "<f4"])
@@ -106,6 +162,160 @@ def test_round_trip(made, tmp_path, embed, changes):
         assert artifact.weights[name].equal(expected), name
     model = train_gpt.GPT(Settings.from_env({}, artifact.settings))
     model.load_state_dict(artifact.weights)
+
+
+MIXED = {
+    "RECIPE": "smoke",
+    "BIGRAM_VOCAB_SIZE": "40",
+    "VE_LAYERS": "1,2",
+    "GATED_ATTN": "1",
+    "MTP_NUM_HEADS": "2",
+}
+MIXED |= {"LOOKUP_BITS": "6", "EMBED_BITS": "16", "MATRIX_BITS": "5", "FP16_MAX_NUMEL": "600"}
+
+
+def random_model(settings):
+    """A model whose weights are all random, and its weights by name."""
+    torch.manual_seed(0)
+    model = train_gpt.GPT(settings)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model, {name: p.detach() for name, p in model.named_parameters() if "mtp_heads" not in name}
+
+
+@pytest.mark.parametrize("compressor", ["zstd", "lzma"])
+def test_every_kind_of_tensor_comes_back(made, tmp_path, compressor):
+    settings = Settings.from_env(MIXED | {"COMPRESSOR": compressor, "QUANT_SEARCH": "1", "PRUNE_PCT": "0.1"})
+    _, weights = random_model(settings)
+    path = tmp_path / "artifact.bin"
+    path.write_bytes(pack_artifact(weights, settings, made[2], True))
+    artifact = read_artifact(path)
+    assert artifact.tokenizer.source == made[2].source
+    kinds = {name: train_gpt.tensor_kind(name, tensor, settings) for name, tensor in weights.items()}
+    assert set(kinds.values()) == {"int5", "int6", "float16", "float32"}
+    assert kinds["tok_emb.weight"] == kinds["blocks.0.attn.c_k.weight"] == "float16"
+    assert kinds["bigram.embed.weight"] == "int6"
+    for name, tensor in weights.items():
+        got = artifact.weights[name]
+        assert got.shape == tensor.shape
+        if kinds[name] == "float32":
+            assert got.equal(tensor)
+        elif kinds[name] == "float16":
+            assert got.equal(tensor.half().float())
+        else:
+            pruned = train_gpt.prune(tensor, 0.1)
+            integers, scale = train_gpt.quantize_rows(pruned, int(kinds[name][3:]), search=True)
+            assert got.equal(train_gpt.restore_rows(integers, scale))
+    # Heads for tokens further ahead stay behind: the model that is scored has none.
+    model = train_gpt.GPT(Settings.from_env({}, artifact.settings))
+    model.load_state_dict(artifact.weights)
+
+
+def test_weights_beyond_float16_are_refused_where_they_are_kept_in_it(made):
+    settings = Settings.from_env(MIXED)
+    _, weights = random_model(settings)
+    weights["tok_emb.weight"][3, 3] = 1e6
+    with pytest.raises(NonFiniteError, match=r"tok_emb\.weight"):
+        pack_artifact(weights, settings, made[2], False)
+
+
+@pytest.mark.parametrize("search", ["0", "1"])
+@pytest.mark.parametrize("floor", ["0", "1"])
+def test_fake_and_export_quantizer_agree_bit_for_bit(made, tmp_path, search, floor):
+    """What training computes with is what comes back from the file, for every quantized matrix."""
+    settings = Settings.from_env(
+        MIXED | {"QAT_START": "step0", "QUANT_SEARCH": search, "QUANT_SCALE_FLOOR": floor}
+    )
+    model, weights = random_model(settings)
+    path = tmp_path / "artifact.bin"
+    path.write_bytes(pack_artifact(weights, settings, made[2], False))
+    restored = read_artifact(path).weights
+    fake = train_gpt.QuantizationAware(model, settings).quantized()
+    kinds = {name: train_gpt.tensor_kind(name, tensor, settings) for name, tensor in weights.items()}
+    names = {name for name in fake if "mtp_heads" not in name}
+    assert names == {name for name, kind in kinds.items() if kind.startswith("int")}
+    for name in names:
+        assert fake[name].detach().equal(restored[name]), name
+        assert not fake[name].detach().equal(weights[name])
+
+
+def test_gradients_pass_straight_through():
+    settings = Settings.from_env({"RECIPE": "smoke", "QAT_START": "step0", "MATRIX_BITS": "5"})
+    model, _ = random_model(settings)
+    aware = train_gpt.QuantizationAware(model, settings)
+    ids = torch.randint(0, 384, (2, 9))
+    loss = aware(ids[:, :-1], ids[:, 1:])
+    got = torch.autograd.grad(loss, list(model.parameters()))
+    with torch.no_grad():
+        for name, weight in aware.quantized().items():
+            model.get_parameter(name).copy_(weight)
+    expected = model(ids[:, :-1], ids[:, 1:])
+    assert loss.item() == expected.item()
+    for mine, theirs in zip(got, torch.autograd.grad(expected, list(model.parameters())), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_soft_rounding_hardens_into_the_quantizer():
+    settings = Settings.from_env({"RECIPE": "smoke", "QAT_START": "scale:0.5", "SOFT_ROUND_QAT": "1"})
+    model, _ = random_model(settings)
+    aware = train_gpt.QuantizationAware(model, settings)
+    weight = torch.nn.Parameter(torch.randn(64, 40))
+    hard = train_gpt.restore_rows(*train_gpt.quantize_rows(weight.detach(), 5))
+    gaps = []
+    for scale in (0.5, 0.25, 0.0):
+        aware.sharpen(scale)
+        assert float(aware.sharpness) == 1 + 15 * (1 - scale / 0.5)
+        soft = aware.round_trip(weight, 5)
+        gaps.append(float((soft - hard).detach().abs().mean()))
+        (gradient,) = torch.autograd.grad(soft.sum(), weight)
+        assert (gradient >= 0).all()
+        assert not gradient.equal(torch.ones_like(gradient))
+    assert gaps[0] > gaps[1] > gaps[2] > 0
+    aware.sharpness.fill_(1e4)
+    torch.testing.assert_close(aware.round_trip(weight, 5), hard, atol=0.02, rtol=0)
+    # At alpha = 1 + 15, by the formula of the spec, at one place by hand.
+    aware.sharpen(0.0)
+    single = torch.tensor([[15.0, 3.7]])
+    expected = 3 + 0.5 * math.tanh(16 * 0.2) / math.tanh(8) + 0.5
+    assert aware.round_trip(single, 5)[0, 1].item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_crown_q_by_hand():
+    """The penalty of every matrix in plain float64; tables of bigrams and the embedding carry none."""
+    changes = {"RECIPE": "smoke", "QAT_START": "step0", "BIGRAM_VOCAB_SIZE": "40"}
+    plain = Settings.from_env(changes)
+    model, weights = random_model(plain)
+    penalized = dataclasses.replace(plain, crown_q_lambda=5000.0, matrix_bits=5)
+    plain = dataclasses.replace(plain, matrix_bits=5)
+    expected = 0.0
+    for name, tensor in weights.items():
+        if train_gpt.parameter_role(name, tensor) in ("matrix", "projection"):
+            w = tensor.double().numpy()
+            d = abs(w).max(axis=1, keepdims=True) / 15
+            expected += 5000 / 12 * (w**2 * d**2).mean()
+    ids = torch.randint(0, 384, (2, 9))
+    losses = [
+        train_gpt.QuantizationAware(model, s)(ids[:, :-1], ids[:, 1:]).item() for s in (penalized, plain)
+    ]
+    assert losses[0] - losses[1] == pytest.approx(expected, rel=1e-3)
+
+
+def test_effect_is_measured():
+    settings = Settings.from_env({"RECIPE": "smoke", "QAT_START": "step0", "MATRIX_BITS": "5"})
+    model, weights = random_model(settings)
+    effect = train_gpt.QuantizationAware(model, settings).effect()
+    total = changed = distance = size = 0.0
+    for name, tensor in weights.items():
+        if train_gpt.parameter_role(name, tensor) != "scalar":
+            bits = 8 if name.startswith("tok_emb") else 5
+            new = train_gpt.restore_rows(*train_gpt.quantize_rows(tensor, bits))
+            total += tensor.numel()
+            changed += int((new != tensor).sum())
+            distance += float((new - tensor).abs().sum())
+            size += float(tensor.abs().sum())
+    assert effect["weights_changed"] == pytest.approx(changed / total)
+    assert effect["mean_relative_change"] == pytest.approx(distance / size, rel=1e-5)
+    assert effect["matrices"] == 19
 
 
 def test_an_embedded_pure_byte_tokenizer_comes_back(tmp_path):
@@ -244,6 +454,10 @@ FAULTS = {
     "a giant tokenizer": (lambda d: rebuilt(d, set_in(("tokenizer", "bytes"), 2**40)), "header needs"),
     "a short frame": (lambda d: rebuilt(d, frame=frame_of(b"short")), "claims 5 bytes"),
     "a long frame": (lambda d: rebuilt(d, frame=frame_of(b"0" * 10**6)), "claims 1000000 bytes"),
+    "an xz stream of other length": (lambda d: rebuilt(d, frame=lzma.compress(b"short")), "does not hold"),
+    "a longer xz stream": (lambda d: rebuilt(d, frame=lzma.compress(bytes(10**6))), "does not hold"),
+    "half an xz stream": (lambda d: rebuilt(d, frame=lzma.compress(bytes(99))[:-9]), "does not hold"),
+    "no xz stream": (lambda d: rebuilt(d, frame=train_gpt.XZ_MAGIC + b"not xz"), "not a valid artifact"),
     "no frame": (lambda d: rebuilt(d, frame=b"not zstd at all"), "not a valid artifact"),
 }
 

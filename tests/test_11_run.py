@@ -399,6 +399,141 @@ def test_compile_without_a_compiler_is_refused(env, monkeypatch, capsys):
     assert "COMPILE=1 needs a C++ compiler" in capsys.readouterr().err
 
 
+def held_out_losses(line):
+    return dict(re.findall(r"held_out_train_loss_(\w+):(\S+)", line))
+
+
+def test_weights_are_chosen_on_training_tokens_that_were_not_trained_on(env, monkeypatch):
+    """The log's losses are those of the batch after the last step; the least one's weights are written."""
+    swa = {
+        "AVERAGE": "best",
+        "SWA_EVERY": "2",
+        "SWA_START_SCALE": "2",
+        "ITERATIONS": "9",
+        "WARMDOWN_ITERS": "5",
+    }
+    kept = {}
+    original = train_gpt.Averages.candidates
+
+    def keep(self):
+        kept.update(original(self))
+        return original(self)
+
+    monkeypatch.setattr(train_gpt.Averages, "candidates", keep)
+    assert main({**env, **swa, "MATRIX_BITS": "8"}) == 0
+    settings = train_gpt.Settings.from_env({**env, **swa})
+    stream = train_gpt.load_dataset(settings).stream
+    model = train_gpt.GPT(settings)
+    expected = {}
+    for name, weights in kept.items():
+        model.load_state_dict(weights)
+        batches = [stream.batch(9, slot).long() for slot in range(2)]
+        expected[name] = sum(model(ids[:, :-1], ids[:, 1:]).item() for ids in batches) / 2
+    (event,) = metrics_of(env, "average")
+    for name in ("raw", "ema", "swa"):
+        assert event[f"held_out_train_loss_{name}"] == pytest.approx(expected[name], abs=1e-6)
+    assert event["average"] == min(expected, key=expected.get)
+    assert (event["ema_updates"], event["swa_snapshots"]) == (9, 4)
+    artifact = train_gpt.read_artifact(Path(env["RUN_DIR"]) / "artifact.bin")
+    for name, tensor in artifact.weights.items():
+        assert (tensor - kept[event["average"]][name]).abs().max() < 0.05
+
+
+def test_an_average_says_what_entered_and_how_far_it_moved(env):
+    mean = {"AVERAGE": "mean", "SWA_EVERY": "1", "SWA_START_SCALE": "0.9"}
+    assert main({**env, **mean}) == 0
+    log = (Path(env["RUN_DIR"]) / "run.log").read_text()
+    assert re.search(r"^average:mean ema_updates:4 swa_snapshots:1 moved:0\.\d+ of the weights$", log, re.M)
+
+
+def test_two_ranks_choose_as_one(env, tmp_path):
+    env |= {"AVERAGE": "best", "SWA_EVERY": "1", "SWA_START_SCALE": "2", "PARALLEL_MUON": "1"}
+    env |= {"QAT_START": "scale:0.9", "MATRIX_BITS": "5", "BIGRAM_VOCAB_SIZE": "50"}
+    one, two = ({**env, "RUN_DIR": str(tmp_path / name)} for name in ("one", "two"))
+    assert main(one) == 0
+    done = torchrun(2, "train_gpt.py", env=two)
+    assert done.returncode == 0, done.stderr
+    (first,), (second,) = metrics_of(one, "average"), metrics_of(two, "average")
+    assert first["average"] == second["average"]
+    for name, value in first.items():
+        if name.startswith("held_out"):
+            assert second[name] == pytest.approx(value, abs=1e-3)
+    assert result_of(two)["val_loss"] == pytest.approx(result_of(one)["val_loss"], abs=5e-3)
+
+
+def test_quantization_aware_training_closes_the_gap(env, tmp_path):
+    """Paired: same seed, same tokens; at 5 bits the loss that quantization costs shrinks with it on."""
+    gaps = []
+    for start in ("off", "scale:0.9"):
+        run = {**env, "QAT_START": start, "MATRIX_BITS": "5", "EMBED_BITS": "5", "EMA_DECAY": "0"}
+        run |= {"ITERATIONS": "300", "WARMDOWN_ITERS": "200", "TRAIN_LOG_EVERY": "0", "MODEL_DIM": "48"}
+        run |= {"RUN_DIR": str(tmp_path / start.replace(":", ""))}
+        assert main(run) == 0
+        result = result_of(run)
+        gaps.append(result["val_loss"] - result["training_val_loss"])
+        (event,) = metrics_of(run, "qat") or [None]
+        assert (event is None) == (start == "off")
+    assert event["step"] == 121
+    assert event["weights_changed"] > 0.9
+    assert event["mean_relative_change"] > 0.02
+    assert gaps[1] < 0.6 * gaps[0]
+
+
+@pytest.mark.slow
+def test_switching_quantization_on_compiles_nothing_inside_the_clock(env, monkeypatch):
+    """Both graphs exist before the averages (and then the clock) start, and nothing is compiled after."""
+    from torch._dynamo.utils import counters
+
+    graphs = []
+    original = train_gpt.Optimizers.gather
+
+    def count(self, model, batches):
+        loss = original(self, model, batches)
+        graphs.append(counters["stats"]["unique_graphs"])
+        return loss
+
+    monkeypatch.setattr(train_gpt.Optimizers, "gather", count)
+    torch._dynamo.reset()
+    counters.clear()
+    env |= {"COMPILE": "1", "QAT_START": "scale:0.9", "WARMUP_STEPS": "1", "MATRIX_BITS": "5"}
+    assert main({**env, "ITERATIONS": "6"}) == 0
+    assert graphs == [1, 2, 2, 2, 2, 2, 2, 2]
+    assert metrics_of(env, "qat")[0]["step"] == 5
+
+
+SUBMISSIONS = ("pr890", "pr810", "pr779", "pr834", "pr864")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", SUBMISSIONS)
+def test_a_submission_runs_end_to_end_at_full_size(recipe, dataset_dir, tmp_path):
+    """Two steps of small batches: trained, quantized, written, read back, scored; minutes, within 16 GiB."""
+    env = {"RECIPE": recipe, "DATA_PATH": str(dataset_dir), "RUN_DIR": str(tmp_path / "run")}
+    env |= {"TOKENIZER_PATH": str(dataset_dir / "tokenizer.model"), "VOCAB_SIZE": "384"}
+    env |= {"ITERATIONS": "2", "MAX_WALLCLOCK_SECONDS": "0", "WARMUP_STEPS": "0", "MICRO_BATCH_SLOTS": "1"}
+    env |= {
+        "TRAIN_BATCH_TOKENS": "2048",
+        "VAL_BATCH_SIZE": "2048",
+        "EVAL_STRIDE": "2048",
+        "VAL_LOSS_EVERY": "0",
+    }
+    env |= {"SWA_EVERY": "1", "SWA_START_SCALE": "2", "WARMDOWN_ITERS": "4"}
+    env |= {"QAT_START": "time:0.5"} if recipe == "pr864" else {}
+    code = "import resource, sys, os, train_gpt; code = train_gpt.main(os.environ); "
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+    command = [sys.executable, "-c", code]
+    environment = shell_environment(env, OMP_NUM_THREADS="2")
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    *_, final, kilobytes = done.stdout.splitlines()
+    assert FINAL_LINE.fullmatch(final)
+    assert int(kilobytes) < 16 * 2**20
+    assert metrics_of(env, "qat")
+    assert metrics_of(env, "average")[0]["swa_snapshots"] == 2
+    assert math.isfinite(result_of(env)["val_loss"])
+    assert result_of(env)["total_bytes"] < 16_000_000
+
+
 @pytest.mark.slow
 def test_compiled_run_scores_like_the_plain_one(env, tmp_path):
     """torch.compile on the CPU: needs a C++ compiler and about a minute."""

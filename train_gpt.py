@@ -15,7 +15,7 @@ One file, read from top to bottom; every section uses only what stands above it.
     6  AVERAGING                   weights of every step     averaged weights
     7  QUANTIZATION AND ARTIFACT   weights                   one file, and weights back from it
     8  NEURAL SCORING              model, tokens             ScoredChunk stream, Ledger -> val_bpb
-    9  RUN                         all of the above          run folder, exit code
+    10  RUN                        all of the above          run folder, exit code
 
 Launch:
 
@@ -1479,7 +1479,7 @@ def score(logits, dataset: Dataset, settings: Settings, stride: int, process: Pr
 
 
 # ============================================================================================================
-# 9 RUN. In: the environment. Out: a run folder (run.log, metrics.jsonl, result.json, artifact.bin), one
+# 10 RUN. In: the environment. Out: a run folder (run.log, metrics.jsonl, result.json, artifact.bin), one
 # last line, an exit code. The steps hand over small results: train -> weights -> artifact file -> evaluate.
 # What is scored is always the file read back from disk.
 # ============================================================================================================

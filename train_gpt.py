@@ -15,6 +15,7 @@ One file, read from top to bottom; every section uses only what stands above it.
     6  AVERAGING                   weights of every step     averaged weights
     7  QUANTIZATION AND ARTIFACT   weights                   one file, and weights back from it
     8  NEURAL SCORING              model, tokens             ScoredChunk stream, Ledger -> val_bpb
+    9  HASHED PSEUDO-SCORES        recorded stream           PseudoScore, never in the ledger
     10  RUN                        all of the above          run folder, exit code
 
 Launch:
@@ -135,6 +136,22 @@ REFUSED_NAMES = {
     "GRAD_ACCUM_STEPS": "set MICRO_BATCH_SLOTS, the ranks share its slots",
     "CONTROL_TENSOR_NAME_PATTERNS": "parameter_role decides, unset it",
     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "parameter_role decides, unset it",
+    "NGRAM_ORDER": "set NGRAM_MAX_ORDER",
+    "NGRAM_ALPHA": "set NGRAM_ALPHA_MIN and NGRAM_ALPHA_MAX to it",
+    "NGRAM_ENT_BASE": "set NGRAM_ALPHA_MIN",
+    "NGRAM_ENT_RANGE": "set NGRAM_ALPHA_MAX, to base plus range",
+    **dict.fromkeys(("NGRAM_ENABLED", "NGRAM_EVAL", "USE_MIXER", "MIXER_HEAD"), "set PSEUDO to a rule"),
+    **dict.fromkeys(("NGRAM_TWO_PASS", "NGRAM_RESCORE_CHUNKS"), "no target is priced twice, unset it"),
+    **dict.fromkeys(
+        (
+            "NGRAM_MIN_ORDER",
+            "NGRAM_ENT_SCALE",
+            "NGRAM_ENT_THRESH",
+            "NGRAM_ENTROPY_CENTER",
+            "NGRAM_ENTROPY_SCALE",
+        ),
+        "each rule has its own, unset it",
+    ),
 } | dict.fromkeys(
     ("MUON_BETA2", "MIXER_ETA", "PPM_ALPHA", "USE_CACHE", "CACHE_ALPHA"), "nothing ever read it, unset it"
 )
@@ -238,6 +255,18 @@ class Settings:
     embed_bits: int = setting(8, "bits of quantized embedding and output matrix", choices=(5, 6, 8))
     eval_seq_len: int = setting(0, "tokens of a scoring window; 0: TRAIN_SEQ_LEN", 0, 2**17, stored="scoring")
     eval_stride: int = setting(64, "targets priced by each window but the first", 1, 2**17, stored="scoring")
+    # hashed pseudo-scores; 0 is the rule's own value
+    pseudo: str = setting(
+        "none", "hashed evaluator to show", choices=("none", "pr864", "pr890", "pr779", "pr810", "pr834")
+    )
+    pseudo_sample: int = setting(20_000, "targets at which the pseudo-probabilities are summed", 1)
+    ngram_buckets: int = setting(0, "buckets of each hashed table, a power of two; 0: the rule's", 0, 2**30)
+    ngram_chunk_tokens: int = setting(0, "targets between updates of the tables; 0: the rule's", 0)
+    ngram_max_order: int = setting(0, "longest hashed n-gram; 0: the rule's", 0)
+    ngram_min_count: int = setting(0, "count that makes a context match; 0: the rule's", 0)
+    ngram_alpha_min: float = setting(0.0, "weight of the tables at entropy 0; 0: the rule's", 0.0, 1.0)
+    ngram_alpha_max: float = setting(0.0, "weight of the tables at high entropy; 0: the rule's", 0.0, 1.0)
+    ngram_alpha_clip: float = setting(0.0, "weight times the order's factor at most; 0: the rule's", 0.0, 1.0)
 
     @classmethod
     def from_env(cls, mapping: Mapping[str, str], stored: Mapping[str, object] | None = None) -> Settings:
@@ -277,6 +306,7 @@ class Settings:
         row = self.micro_batch_slots * self.train_seq_len
         ragged = not self.eval_only and self.train_batch_tokens % row
         val_row, kv_heads = self.micro_batch_slots * self.window, self.num_kv_heads
+        power = 1 << self.ngram_buckets.bit_length() >> 1
         rules = (
             ("MODEL_DIM", self.model_dim % self.num_heads, "a multiple of NUM_HEADS", self.num_heads),
             ("NUM_HEADS", self.num_heads % kv_heads, "a multiple of NUM_KV_HEADS", kv_heads),
@@ -284,6 +314,7 @@ class Settings:
             ("MODEL_DIM", self.head_dim > 512, "at most 512 times NUM_HEADS", self.num_heads),
             ("TRAIN_BATCH_TOKENS", ragged, "a multiple of slots times sequence", row),
             ("VAL_BATCH_SIZE", self.val_batch_size < val_row, "at least MICRO_BATCH_SLOTS windows", val_row),
+            ("NGRAM_BUCKETS", self.ngram_buckets ^ power, "a power of two", f"{power} or {2 * power}"),
             ("EVAL_STRIDE", self.eval_stride > self.window, "at most the scoring window", self.window),
         )
         for name, broken, rule, number in rules:
@@ -1427,6 +1458,11 @@ def score_stream(
                 bar.update(len(windows[begin : begin + rows]))
 
 
+def bits_per_byte(nats: float, size: int) -> float:
+    """Return the bits per byte of a text of `size` bytes that costs `nats`."""
+    return float(nats) / math.log(2) / int(size)
+
+
 class Score(NamedTuple):
     """The account of a scored stream."""
 
@@ -1466,7 +1502,7 @@ class Ledger:
             raise NonFiniteError(f"the score is {nats} nats; the artifact's weights are unusable, train anew")
         if self.bytes == 0:
             raise DataError("the validation targets have no bytes; set TOKENIZER_PATH to the shards' own")
-        return Score(nats / total, nats / math.log(2) / self.bytes, total, self.bytes)
+        return Score(nats / total, bits_per_byte(nats, self.bytes), total, self.bytes)
 
 
 def score(logits, dataset: Dataset, settings: Settings, stride: int, process: Process, label: str) -> Score:
@@ -1476,6 +1512,254 @@ def score(logits, dataset: Dataset, settings: Settings, stride: int, process: Pr
     for chunk in score_stream(logits, dataset.val_tokens, settings.window, stride, batch, process, label):
         ledger.add(chunk)
     return ledger.close()
+
+
+# ============================================================================================================
+# 9 HASHED PSEUDO-SCORES. In: a recorded stream: tokens, log-probability and entropy of each target. Out: what
+# the hashed evaluators of five submissions make of it, and what their "probabilities" sum to. Each looks up
+# the realised target alone in tables whose buckets many n-grams share, so the sum is not 1 and the figure is
+# no code length. Nothing of it reaches the ledger, and all that may see a target says `pseudo`.
+# Legend: O orders 2 ... max_order, N targets, Q asked targets, K candidates for each of them.
+# ============================================================================================================
+
+PSEUDO_PIECE = 2**15  # targets of one call: more would be shared out over threads, which wait for each other
+PSEUDO_BLOCK = 2**24  # buckets asked for at a time: bounds memory, changes nothing
+# Multipliers of an n-gram's tokens, oldest first; #864 and #890 each go on from #779's.
+HASH_779 = (36313, 27191, 51647, 81929, 131071, 174763, 233017)
+HASH_864 = (*HASH_779, 283721, 347237, 409891, 479909, 557927, 631553, 716279, 811207)
+HASH_890 = (*HASH_779, 299993, 350377)
+# By order, from 2 on: the entropy in nats at which alpha is halfway, and the factor on alpha.
+CENTERS_864 = tuple(3.0 - 0.25 * row for row in range(14))
+CENTERS_890 = (4.5, 4.2, 3.8, 3.5, 3.2, 3.0, 2.8, 2.6)
+CENTERS_810 = (4.5, 4.2, 3.8, 3.5, 3.2, 3.0, 3.0, 3.0, 2.7, 2.5)
+WEIGHTS_864 = (0.3, 0.3, 0.97) + (2.0,) * 11
+WEIGHTS_810 = (0.30, 0.45, 1.0, 1.88, 1.88) + (2.0,) * 5
+
+
+class PseudoRule(NamedTuple):
+    """One submission's evaluator as data."""
+
+    max_order: int
+    chunk_tokens: int  # targets priced between two updates of the tables
+    floor: float  # smallest probability of a target
+    centers: tuple[float, ...]
+    weights: tuple[float, ...] = (1.0,) * 8
+    multipliers: tuple[int, ...] = HASH_779  # (): a polynomial instead
+    alpha_min: float = 0.05
+    alpha_max: float = 0.60
+    alpha_clip: float = 1.0
+    buckets: int = 4_194_304  # of each table, a power of two
+    min_count: int = 2  # of a context that matches
+    gap: int = 0  # newest tokens that a context leaves out
+    sees_target: bool = False  # a match also needs F > 0, so the order depends on the target
+    uniform_miss: bool = False  # without a match the ratio is 1 / V; alpha is 0 before 100 targets
+
+
+PSEUDO_RULES = {
+    "pr864": PseudoRule(9, 65_536, 1e-10, CENTERS_864, WEIGHTS_864, HASH_864, alpha_clip=0.95),
+    "pr890": PseudoRule(9, 32, 1e-30, CENTERS_890, multipliers=HASH_890, gap=1, sees_target=True),
+    "pr779": PseudoRule(7, 1_048_576, 1e-12, (4.0,) * 6, uniform_miss=True),
+    # No code of it survives: clip, smallest count, table size and floor are guesses.
+    "pr810": PseudoRule(11, 16_384, 1e-20, CENTERS_810, WEIGHTS_810, (), 0.20, 0.75, 0.95),
+}
+
+
+def pseudo_rule(name: str, settings: Settings) -> PseudoRule:
+    """Return the rule `name` with the settings that are not 0 in place of its own; raises SettingError."""
+    if name not in PSEUDO_RULES:
+        text = f"PSEUDO={name} is no rule for recorded streams (pr834 needs the logits of its gate)"
+        raise SettingError(f"{text}; choose one of {', '.join(PSEUDO_RULES)}")
+    changes = {
+        "max_order": settings.ngram_max_order,
+        "chunk_tokens": settings.ngram_chunk_tokens,
+        "buckets": settings.ngram_buckets,
+        "min_count": settings.ngram_min_count,
+        "alpha_min": settings.ngram_alpha_min,
+        "alpha_max": settings.ngram_alpha_max,
+        "alpha_clip": settings.ngram_alpha_clip,
+    }
+    rule = PSEUDO_RULES[name]._replace(**{key: value for key, value in changes.items() if value})
+    if not 2 <= rule.max_order <= len(rule.centers) + 1:
+        orders = f"{name}'s orders, 2 to {len(rule.centers) + 1}"
+        raise SettingError(f"NGRAM_MAX_ORDER={rule.max_order} is not one of {orders}; choose one of them")
+    return rule
+
+
+def pseudo_hashes(rule: PseudoRule, tokens: Tensor) -> Tensor:
+    """Return the hash of each target's context, (O, N) int32.
+
+    Order n has n - 1 tokens t_k, k = 0 the oldest. #864, #890, #779: XOR of t_k * multiplier_k. #810: a
+    polynomial, whose even step lets old tokens fade away. Buckets are low bits, which overflow leaves alone.
+    """
+    orders, total = rule.max_order - 1, len(tokens) - 1
+    padded = F.pad(tokens, (orders + rule.gap, 0))
+    hashes = padded.new_zeros(orders, total)
+    for k in range(orders):
+        terms = padded * rule.multipliers[k] if rule.multipliers else padded
+        for row in range(k, orders):
+            term = terms[orders - row + k :][:total]
+            if rule.multipliers:
+                hashes[row].bitwise_xor_(term)
+            else:
+                hashes[row].mul_(265_443_576).add_(term)
+    return hashes
+
+
+def pseudo_pairs(rule: PseudoRule, hashes: Tensor, targets: Tensor) -> Tensor:
+    """Return the bucket of each context with its target: hashes (O, N, 1), targets (N, K) -> (O, N, K)."""
+    if not rule.multipliers:
+        return hashes * 1_000_003 + targets & rule.buckets - 1
+    factors = targets.new_tensor(rule.multipliers[1 : rule.max_order])[:, None, None]
+    return (factors * targets).bitwise_xor_(hashes).bitwise_and_(rule.buckets - 1)
+
+
+def pseudo_counts(keys: Tensor, seen: Tensor, asked: Tensor, buckets: int) -> Tensor:
+    """Return how full the asked buckets were, int32 like `asked` (O, Q, K), with one table per order.
+
+    `keys` (O, N) are the buckets that the stream's targets fill, a chunk at a time; query q finds the first
+    seen[q] of them there, `seen` (Q,) ascending. Bucket number `buckets` is a spare one.
+    """
+    counts = torch.empty_like(asked, dtype=torch.int32)
+    stops, lengths = (part.tolist() for part in seen.unique_consecutive(return_counts=True))
+    # Long chunks: one table at a time, which stays in the processor's cache. Short ones: fewer calls.
+    tables = 1 if asked[0].numel() >= 4096 * len(stops) else len(keys)
+    table = torch.empty(tables, buckets + 1, dtype=torch.int32, device=keys.device)
+    one = table.new_ones(1, 1)
+    for row in range(0, len(keys), tables):
+        rows, stored, begin = slice(row, row + tables), 0, 0
+        table.zero_()
+        for stop, length in zip(stops, lengths, strict=True):
+            for new in keys[rows, stored:stop].split(PSEUDO_PIECE, dim=1):
+                table.scatter_add_(1, new.long(), one.expand_as(new))
+            pieces = (
+                part[rows, begin : begin + length].split(PSEUDO_PIECE, dim=1) for part in (asked, counts)
+            )
+            for part, count in zip(*pieces, strict=True):
+                count.copy_(table.gather(1, part.flatten(1).long()).view(part.shape))
+            stored, begin = stop, begin + length
+    return counts
+
+
+def pseudo_lookups(
+    rule: PseudoRule, tokens: Tensor, at: Tensor | slice, candidates: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the tables hold when the targets `at` (Q,), ascending, are priced: seen, C and F.
+
+    `seen` (Q,) targets have been stored; C (O, Q, 1) counts contexts, F (O, Q, K) contexts with a target:
+    column 0 is the realised one, the tokens 0 ... candidates - 1 follow. Nothing counts that would begin
+    before the stream.
+    """
+    column = torch.arange(len(tokens) - 1, device=tokens.device)[at]
+    seen = column // rule.chunk_tokens * rule.chunk_tokens
+    contexts = pseudo_hashes(rule, tokens)
+    pairs = pseudo_pairs(rule, contexts[:, :, None], tokens[1:, None])
+    asked = pairs[:, at]
+    if candidates:
+        others = torch.arange(candidates, dtype=torch.int32, device=tokens.device).expand(len(column), -1)
+        asked = torch.cat((asked, pseudo_pairs(rule, contexts[:, at, None], others)), dim=2)
+    contexts.bitwise_and_(rule.buckets - 1)
+    for row in range(len(contexts)):
+        contexts[row, : row + rule.gap] = pairs[row, : row + rule.gap] = rule.buckets
+    counts = pseudo_counts(contexts, seen, contexts[:, at, None], rule.buckets)
+    for row in range(len(contexts)):
+        counts[row, : torch.searchsorted(column, row + rule.gap)] = 0
+    return seen, counts, pseudo_counts(pairs[:, :, 0], seen, asked, rule.buckets)
+
+
+def pseudo_mixture(
+    rule: PseudoRule, vocab_size: int, entropy: Tensor, lookups: tuple[Tensor, ...], each: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return alpha (Q, 1 or K) and the ratio min(F, C) / C (Q, K) from `pseudo_lookups`.
+
+    A price is (1 - alpha) * neural + alpha * ratio, with the highest order whose context has been seen often
+    enough. Where F > 0 counts as well, the realised target's decides for all columns, or each for itself.
+    """
+    seen, contexts, pairs = lookups
+    matched = contexts >= rule.min_count
+    if rule.sees_target:
+        matched = matched & ((pairs if each else pairs[:, :, :1]) > 0)
+    steps = torch.arange(1, rule.max_order, dtype=torch.int8, device=seen.device)[:, None, None]
+    level = (matched * steps).amax(dim=0).long()  # (Q, 1 or K): 0 is no match, 1 is order 2
+    row = (level - 1).clamp(min=0)[None]
+    count = contexts.expand(-1, -1, level.shape[1]).gather(0, row)[0].double().clamp(min=1)
+    ratio = torch.minimum(pairs.gather(0, row.expand(-1, -1, pairs.shape[2]))[0], count) / count
+    ratio = torch.where(level > 0, ratio, 1 / vocab_size)
+    centers = entropy.new_tensor((rule.centers[0], *rule.centers))
+    weights = entropy.new_tensor((float(rule.uniform_miss), *rule.weights))
+    curve = torch.sigmoid(2 * (entropy[:, None] - centers[level]))
+    alpha = weights[level] * (rule.alpha_min + (rule.alpha_max - rule.alpha_min) * curve)
+    return alpha.clamp(max=rule.alpha_clip) * (seen >= 100 * rule.uniform_miss)[:, None], ratio
+
+
+def pseudo_stream(
+    rule: str, tokens: np.ndarray, logp: np.ndarray, entropy: np.ndarray, settings: Settings, device="cpu"
+) -> np.ndarray:
+    """Return the pseudo log-probability of each target (N,), float64 nats, of a recorded stream.
+
+    `tokens` (N + 1,); `logp` and `entropy` (N,) of the neural score in nats. Chunk k is the targets
+    1 + k * C ... (k + 1) * C; its n-grams enter the tables once all of it is priced. A recorded stream has no
+    pre-enrichment: #810's confidence is 0.5, a factor of 1 on alpha. Raises SettingError.
+    """
+    described, ids = pseudo_rule(rule, settings), torch.from_numpy(tokens.astype(np.int32)).to(device)
+    neural, nats = (torch.from_numpy(part.astype(np.float64)).to(device) for part in (logp, entropy))
+    lookups = pseudo_lookups(described, ids, slice(None))
+    alpha, ratio = pseudo_mixture(described, settings.vocab_size, nats, lookups)
+    prices = (1 - alpha) * neural.exp()[:, None] + alpha * ratio
+    return prices[:, 0].clamp(min=described.floor).log().cpu().numpy()
+
+
+def pseudo_totals(
+    rule: str, tokens: np.ndarray, entropy: np.ndarray, settings: Settings, at, rows=None, device="cpu"
+) -> np.ndarray:
+    """Return what the pseudo-probabilities of the whole vocabulary sum to, (Q,) float64, before the floor.
+
+    `at` (Q,), ascending, are targets counted from 0, each with the tables as they stand when it is priced.
+    `rows` (Q, V) are neural log-probabilities. They matter to pr890 alone, whose order, and with it alpha,
+    changes with the candidate; without them the realised target's order stands for every candidate.
+    """
+    described, ids = pseudo_rule(rule, settings), torch.from_numpy(tokens.astype(np.int32)).to(device)
+    size, totals = max(1, PSEUDO_BLOCK // (described.max_order * settings.vocab_size)), np.empty(len(at))
+    for part in (slice(first, first + size) for first in range(0, len(at), size)):
+        nats = torch.from_numpy(entropy[at[part]].astype(np.float64)).to(device)
+        lookups = pseudo_lookups(described, ids, torch.from_numpy(at[part]).to(device), settings.vocab_size)
+        each = rows is not None
+        alpha, ratio = pseudo_mixture(described, settings.vocab_size, nats, lookups, each)
+        # Where alpha is one for all candidates, any neural distribution gives the same sum.
+        neural = np.exp(rows[part], dtype=np.float64) if each else np.array(1 / settings.vocab_size)
+        alpha = alpha.expand_as(ratio)[:, 1:]
+        prices = (1 - alpha) * torch.from_numpy(neural).to(device) + alpha * ratio[:, 1:]
+        totals[part] = prices.sum(dim=1).cpu()
+    return totals
+
+
+def pseudo_mass(rule: str, tokens: np.ndarray, entropy: np.ndarray, settings: Settings, every: int) -> float:
+    """Return the mean of `pseudo_totals` over the targets every, 2 * every, ..., the first target being 1."""
+    at = np.arange(every, len(tokens), every) - 1
+    return float(pseudo_totals(rule, tokens, entropy, settings, at).mean())
+
+
+def pseudo_sample(total: int, settings: Settings) -> np.ndarray:
+    """Return PSEUDO_SAMPLE of `total` targets, evenly spread, or all if there are fewer; counted from 0."""
+    count = min(total, settings.pseudo_sample)
+    return np.arange(count) * total // max(count, 1)
+
+
+def pseudo_report(
+    tokens: np.ndarray, logp: np.ndarray, entropy: np.ndarray, target_bytes: np.ndarray, settings, rows=None
+) -> tuple[str, dict[str, object]]:
+    """Return what rule PSEUDO makes of a recorded stream, as a line and as numbers; see `pseudo_stream`.
+
+    `target_bytes` (N,). `rows` (Q, V), of `pseudo_totals`, belong to the targets `pseudo_sample`, from which
+    the mass and the bits per byte after division by each target's own sum are taken.
+    """
+    rule, nats = settings.pseudo, -pseudo_stream(settings.pseudo, tokens, logp, entropy, settings)
+    at = pseudo_sample(len(nats), settings)
+    totals = pseudo_totals(rule, tokens, entropy, settings, at, rows)
+    bpb, mass = bits_per_byte(nats.sum(), target_bytes.sum()), float(totals.mean())
+    proper = bits_per_byte((nats[at] + np.log(totals)).sum(), target_bytes[at].sum())
+    why = f"probabilities sum to {mass:.4g} on average; after renormalisation {proper:.4f} bpb"
+    numbers = {"rule": rule, "pseudo_bpb": bpb, "mass": mass, "renormalized_bpb": proper}
+    return f"pseudo {rule}: {bpb:.4f} (not a code length: {why})", numbers
 
 
 # ============================================================================================================

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from conftest import metrics_of, result_of
 
@@ -62,6 +63,9 @@ def test_hand_set_wins_over_recipe():
         ({"TRAIN_BATCH_TOKENS": "500000"}, ["TRAIN_BATCH_TOKENS=500000", "8192"]),
         ({"VAL_BATCH_SIZE": "1024"}, ["VAL_BATCH_SIZE=1024", "MICRO_BATCH_SLOTS windows", "8192"]),
         ({"EVAL_STRIDE": "2000"}, ["EVAL_STRIDE=2000", "at most the scoring window", "1024"]),
+        ({"NGRAM_BUCKETS": "3"}, ["NGRAM_BUCKETS=3", "a power of two", "2 or 4"]),
+        ({"NGRAM_BUCKETS": "4194303"}, ["NGRAM_BUCKETS=4194303", "2097152 or 4194304"]),
+        ({"PSEUDO": "pr886"}, ["PSEUDO='pr886'", "none, pr864, pr890, pr779, pr810, pr834"]),
         ({"NUM_LAYRES": "4"}, ["NUM_LAYRES='4'", "NUM_LAYERS"]),
         ({"ITERATION": "4"}, ["ITERATION='4'", "ITERATIONS"]),
         ({"EVAL_STRIDES": "4"}, ["EVAL_STRIDES='4'", "EVAL_STRIDE"]),
@@ -170,10 +174,21 @@ ACTS = {
     "EVAL_ONLY": "/nowhere/artifact.bin",
     "RUN_ID": "named",
     "RUN_DIR": "elsewhere",
+    "PSEUDO": "pr864",
+    "PSEUDO_SAMPLE": "10",
+    "NGRAM_BUCKETS": "64",
+    "NGRAM_CHUNK_TOKENS": "100",
+    "NGRAM_MAX_ORDER": "3",
+    "NGRAM_MIN_COUNT": "1",
+    "NGRAM_ALPHA_MIN": "0.2",
+    "NGRAM_ALPHA_MAX": "0.3",
+    "NGRAM_ALPHA_CLIP": "0.3",
 }
 BASE = {"EMBED_LR": {"TIE_EMBEDDINGS": "0"}, "HEAD_LR": {"TIE_EMBEDDINGS": "0"}, "RUN_ID": {"RUN_DIR": ""}}
 BASE |= {"EVAL_SEQ_LEN": {"EVAL_STRIDE": "8"}, "MICRO_BATCH_SLOTS": {}, "ADAM_EPS": {"WARMDOWN_ITERS": "0"}}
 BASE |= {"TRAIN_LOG_EVERY": {"ITERATIONS": "12", "TRAIN_LOG_EVERY": "0"}}
+PSEUDO = {"PSEUDO": "pr864", "NGRAM_CHUNK_TOKENS": "50"}
+BASE |= {name: PSEUDO for name in ACTS if name.startswith("NGRAM_") or name == "PSEUDO_SAMPLE"}
 
 
 def observe(env, monkeypatch, tmp_path):
@@ -202,6 +217,9 @@ def observe(env, monkeypatch, tmp_path):
         seen["weights"] = [tensor.numpy().tobytes() for tensor in artifact.weights.values()]
         seen["numbers"] = [result[name] for name in ("val_loss", "val_bpb", "steps", "train_loss")]
         seen["events"] = [len(metrics_of(env, event)) for event in ("train", "validation")]
+        if (settings := Settings.from_env(env)).pseudo != "none":
+            tokens, sizes = np.arange(500) ** 2 % 37 % 11, np.ones(499)
+            seen["pseudo"] = train_gpt.pseudo_report(tokens, -2 * sizes, 3 * sizes, sizes, settings)
         seen["warmup"] = (run_dirs[0] / "run.log").read_text().count("warmup_step:")
     for run_dir in run_dirs:
         (run_dir / "result.json").unlink()

@@ -4,7 +4,7 @@ One file, read from top to bottom; every section uses only what stands above it.
 
     environment -> Settings -> shards -> GPT.logits -> Optimizers -> Averages -> artifact.bin --(disk)--> GPT
                                                                                                            |
-             result.json <- Ledger (nats, tokens, bytes) <- mix(Recall) <- ScoredChunk <-------------------+
+             result.json <- Ledger (nats, tokens, bytes) <- mix_prices <- ScoredChunk <--------------------+
 
     section                        comes in                  goes out
     1  SETTINGS                    environment mapping       Settings, frozen and checked
@@ -16,8 +16,9 @@ One file, read from top to bottom; every section uses only what stands above it.
     7  QUANTIZATION AND ARTIFACT   weights                   one file, and weights back from it
     8  NEURAL SCORING              model, tokens             ScoredChunk stream, Ledger -> bits per byte
     9  EXACT COUNTS                tokens                    Recall: what was seen before each target
-    10 MIXTURE                     ScoredChunks, Recall      prices of the mixture -> val_bpb
-    11 RUN                         all of the above          run folder, exit code
+    10  MIXTURE                    ScoredChunks, Recall      prices of the mixture -> val_bpb
+    11  HASHED PSEUDO-SCORES       recorded stream           figures that are no scores
+    12  RUN                        all of the above          run folder, exit code
 
 Launch:
 
@@ -173,6 +174,8 @@ RENAMED = """
     USE_BIGRAMHASH:BIGRAM_VOCAB_SIZE USE_SMEARGATE:SMEAR_GATE USE_VALUE_RESIDUAL:VALUE_RESIDUAL
     USE_GATED_ATTENTION:GATED_ATTN SWA_ENABLED:AVERAGE SWA_START_FRAC:SWA_START_SCALE QAT_ENABLED:QAT_START
     LATE_QAT_THRESHOLD:QAT_START USE_LATE_QAT:QAT_START QAT_TIME_FRAC:QAT_START INT6_LAST_N:MATRIX_BITS
+    NGRAM_ORDER:NGRAM_MAX_ORDER NGRAM_ENT_BASE:NGRAM_ALPHA_MIN NGRAM_ENABLED:PSEUDO NGRAM_EVAL:PSEUDO
+    USE_MIXER:PSEUDO MIXER_HEAD:PSEUDO
 """
 REFUSED_NAMES = {
     "USE_EMA": "set EMA_DECAY, 0 switches the average off",
@@ -183,9 +186,16 @@ REFUSED_NAMES = {
     "GRAD_ACCUM_STEPS": "set MICRO_BATCH_SLOTS, the ranks share its slots",
     "CONTROL_TENSOR_NAME_PATTERNS": "parameter_role decides, unset it",
     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "parameter_role decides, unset it",
+    "NGRAM_ALPHA": "set NGRAM_ALPHA_MIN and NGRAM_ALPHA_MAX to it",
+    "NGRAM_ENT_RANGE": "set NGRAM_ALPHA_MAX to base plus range",
 }
 NEVER_READ = ("MUON_BETA2", "MIXER_ETA", "PPM_ALPHA", "USE_CACHE", "CACHE_ALPHA")
 REFUSED_NAMES |= dict.fromkeys(NEVER_READ, "nothing ever read it, unset it")
+REFUSED_NAMES |= dict.fromkeys(
+    ("NGRAM_TWO_PASS", "NGRAM_RESCORE_CHUNKS"), "no target is priced twice, unset it"
+)
+RULES_OWN = "NGRAM_MIN_ORDER NGRAM_ENT_SCALE NGRAM_ENT_THRESH NGRAM_ENTROPY_CENTER NGRAM_ENTROPY_SCALE"
+REFUSED_NAMES |= dict.fromkeys(RULES_OWN.split(), "each rule of PSEUDO has its own, unset it")
 REFUSED_NAMES |= {old: f"set {new}" for old, new in (pair.split(":") for pair in RENAMED.split())}
 
 
@@ -326,6 +336,18 @@ class Settings:
     # scoring
     eval_seq_len: int = setting(0, "tokens of a scoring window; 0: TRAIN_SEQ_LEN", 0, 2**17, stored="scoring")
     eval_stride: int = setting(64, "targets priced by each window but the first", 1, 2**17, stored="scoring")
+    # hashed pseudo-scores; 0 is the rule's own value
+    pseudo: str = setting(
+        "none", "hashed evaluator to show", choices=("none", "pr864", "pr890", "pr779", "pr810", "pr834")
+    )
+    pseudo_sample: int = setting(20_000, "targets at which the pseudo-probabilities are summed", 1)
+    ngram_buckets: int = setting(0, "buckets of each hashed table, a power of two; 0: the rule's", 0, 2**30)
+    ngram_chunk_tokens: int = setting(0, "targets between updates of the tables; 0: the rule's", 0)
+    ngram_max_order: int = setting(0, "longest hashed n-gram; 0: the rule's", 0)
+    ngram_min_count: int = setting(0, "count that makes a context match; 0: the rule's", 0)
+    ngram_alpha_min: float = setting(0.0, "weight of the tables at entropy 0; 0: the rule's", 0.0, 1.0)
+    ngram_alpha_max: float = setting(0.0, "weight of the tables at high entropy; 0: the rule's", 0.0, 1.0)
+    ngram_alpha_clip: float = setting(0.0, "weight times the order's factor at most; 0: the rule's", 0.0, 1.0)
 
     # exact n-gram cache
     ngram_cache: str = setting(
@@ -384,6 +406,7 @@ class Settings:
         qat = re.fullmatch(r"off|step0|(scale|time):(0\.\d+|1)", self.qat_start)
         no_ema = not self.ema_decay and (self.average == "mean" or self.swa_source == "ema")
         no_qat = self.qat_start == "off" and (self.soft_round_qat or self.crown_q_lambda)
+        power = 1 << self.ngram_buckets.bit_length() >> 1
         rules = (
             ("MODEL_DIM", self.model_dim % self.num_heads, "a multiple of NUM_HEADS", self.num_heads),
             ("NUM_HEADS", self.num_heads % kv_heads, "a multiple of NUM_KV_HEADS", kv_heads),
@@ -391,6 +414,7 @@ class Settings:
             ("MODEL_DIM", self.head_dim > 512, "at most 512 times NUM_HEADS", self.num_heads),
             ("TRAIN_BATCH_TOKENS", ragged, "a multiple of slots times sequence", row),
             ("VAL_BATCH_SIZE", self.val_batch_size < val_row, "at least MICRO_BATCH_SLOTS windows", val_row),
+            ("NGRAM_BUCKETS", self.ngram_buckets ^ power, "a power of two", f"{power} or {2 * power}"),
             ("EVAL_STRIDE", self.eval_stride > self.window, "at most the scoring window", self.window),
             ("XSA_LAST_N", self.xsa_last_n > layers, "at most NUM_LAYERS", layers),
             ("VE_LAYERS", max(self.value_layers, default=0) >= layers, "numbers below NUM_LAYERS", layers),
@@ -1873,6 +1897,11 @@ def score_stream(
                 bar.update(len(windows[begin : begin + rows]))
 
 
+def bits_per_byte(nats: float, size: int) -> float:
+    """Return the bits per byte of a text of `size` bytes that costs `nats`."""
+    return float(nats) / math.log(2) / int(size)
+
+
 class Score(NamedTuple):
     """The account of a scored stream."""
 
@@ -1912,7 +1941,7 @@ class Ledger:
             raise NonFiniteError(f"the score is {nats} nats; the artifact's weights are unusable, train anew")
         if self.bytes == 0:
             raise DataError("the validation targets have no bytes; set TOKENIZER_PATH to the shards' own")
-        return Score(nats / total, nats / math.log(2) / self.bytes, total, self.bytes)
+        return Score(nats / total, bits_per_byte(nats, self.bytes), total, self.bytes)
 
 
 def account(chunks: Iterable[ScoredChunk], dataset: Dataset, process: Process) -> Score:
@@ -2017,7 +2046,7 @@ def recurring(line: Line, total: int) -> Line:
     return Line(line.target[kept], line.first[kept])
 
 
-def extend(line: Line, tokens: Tensor, vocab_size: int) -> Line:
+def extend_line(line: Line, tokens: Tensor, vocab_size: int) -> Line:
     """Return the line of (context, target) pairs: what a context plus its target is the context of next."""
     half = len(line.first) // 2
     cut = half + int(line.first[half:].int().argmax()) if half else 0
@@ -2034,7 +2063,7 @@ def within(line: Line, segment: Tensor) -> Line:
     return Line(line.target, first)
 
 
-def count(line: Line, extended: Line, tokens: Tensor) -> Evidence:
+def count_line(line: Line, extended: Line, tokens: Tensor) -> Evidence:
     """Return the evidence of one family from its line and the line of its (context, target) pairs."""
     target, start = line.target, group_starts(line.first)
     place = torch.arange(len(target), dtype=torch.int32, device=target.device)
@@ -2067,7 +2096,7 @@ def count_lines(tokens: Tensor, top: int, vocab_size: int) -> Iterator[tuple[int
     extended = line_up(tokens.long(), torch.arange(len(tokens), device=tokens.device))
     for order in range(2, top + 1):
         line = recurring(Line(extended.target + (order > 2), extended.first), total)
-        extended = extend(line, tokens, vocab_size)
+        extended = extend_line(line, tokens, vocab_size)
         yield order, line, extended
 
 
@@ -2078,7 +2107,7 @@ def count_orders(tokens: Tensor, orders, vocab_size: int) -> Iterator[tuple[int,
         raise SettingError(f"orders={sorted(wanted)} must be 2 at least; a context has one token or more")
     for order, line, extended in count_lines(tokens, max(wanted, default=0), vocab_size):
         if order in wanted:
-            yield order, Counts(*count(line, extended, tokens)[:4])
+            yield order, Counts(*count_line(line, extended, tokens)[:4])
 
 
 def exact_counts(tokens: Tensor, order: int, vocab_size: int) -> Counts:
@@ -2098,9 +2127,9 @@ def count_families(tokens: Tensor, settings: Settings) -> Iterator[tuple[str, Ev
     document = (tokens[:-1] == MARKER_ID).cumsum(0, dtype=torch.int32)
     for order, line, extended in count_lines(tokens, settings.cache_max_order, settings.vocab_size):
         if order in ORDER_LADDER:
-            yield f"order{order}", count(line, extended, tokens)
+            yield f"order{order}", count_line(line, extended, tokens)
         if order <= settings.cache_document_order:
-            yield f"document{order}", count(within(line, document), within(extended, document), tokens)
+            yield f"document{order}", count_line(within(line, document), within(extended, document), tokens)
 
 
 class Recall(NamedTuple):
@@ -2113,7 +2142,7 @@ class Recall(NamedTuple):
     proposals: Tensor  # (K, N) int32: tokens that the cache expects, vocab_size where it expects none
 
 
-def encode(evidence: Evidence, neighbour: Tensor, log_code: Tensor) -> Tensor:
+def encode_evidence(evidence: Evidence, neighbour: Tensor, log_code: Tensor) -> Tensor:
     """Return the codes of a family, (6, N) uint8; each is known before the target is.
 
     Logarithms of count, distinct continuations and age; seen once; how often the last continuation was right;
@@ -2138,7 +2167,7 @@ def recall(tokens: Tensor, settings: Settings) -> Recall:
     for name, evidence in count_families(tokens, settings):
         known = evidence.context > 0
         names.append(name)
-        codes.append(encode(evidence, neighbour, log_code))
+        codes.append(encode_evidence(evidence, neighbour, log_code))
         share.append(evidence.full / evidence.context.clamp(min=1))
         right.append(evidence.last == tokens[1:])
         neighbour = evidence.last
@@ -2253,6 +2282,17 @@ def shared_features(logp: Tensor, entropy: Tensor, proposed: Tensor | None) -> T
     return torch.stack(rows + list(proposed / 4 if proposed is not None else [])).clamp(min=-6)
 
 
+def never_worse(logp: Tensor, gated: Tensor) -> Tensor:
+    """Return the prices (N,) float32 of the Bayesian mixture of the neural model and the gated mixture.
+
+    Prior one half each, posterior from the targets before, in float64: over any stream the price is at most
+    log 2, one bit, above the neural model's.
+    """
+    neural = logp.double()
+    lead = (gated - neural).cumsum(0) - (gated - neural)  # of the gate, over all targets before
+    return torch.logaddexp(F.logsigmoid(-lead) + neural, F.logsigmoid(lead) + gated).float()
+
+
 class Mixture(NamedTuple):
     """Prices of a stream and what the weights were on average."""
 
@@ -2260,7 +2300,7 @@ class Mixture(NamedTuple):
     weights: dict[str, float]  # mean weight of the neural model and of each family
 
 
-def mix(
+def mix_prices(
     tokens: Tensor,
     known: Recall,
     logp: Tensor,
@@ -2275,7 +2315,7 @@ def mix(
     """
     shared, total, families = shared_features(logp, entropy, proposed), len(logp), len(known.names)
     vocab_rows = min(settings.vocab_size + 1, EMBED_ROWS)
-    gate = Gate(6 * families + len(shared), 1 + 2 * families, settings, logp.device)
+    network = Gate(6 * families + len(shared), 1 + 2 * families, settings, logp.device)
     usage = torch.zeros(1 + 2 * families, device=logp.device)
     gated = torch.empty(total, dtype=torch.float64, device=logp.device)
     neural = logp.exp()
@@ -2289,27 +2329,16 @@ def mix(
         features = torch.cat([codes.float() / CODE_ONE, shared[:, part]])
         rows = torch.stack([tokens[part], known.proposals[0, part]]).long() % vocab_rows
         chunk = Chunk(features, rows, F.pad(masked, (0, 0, 1, 0)), prices)
-        forward = gate.forward(chunk)
+        forward = network.forward(chunk)
         usage += forward[1].sum(dim=1)
         weights = forward[1].double()
         cache = (weights[1:] * prices[1:]).sum(dim=0).log()
         gated[part] = torch.logaddexp(weights[0].log() + logp[part], cache) - weights.sum(dim=0).log()
         if settings.cache_lr:
-            gate.learn(chunk, forward)
+            network.learn(chunk, forward)
     usage = (usage / max(total, 1)).tolist()
     pairs = zip(known.names, usage[1 : 1 + families], usage[1 + families :], strict=True)
     return Mixture(never_worse(logp, gated), {"neural": usage[0], **{name: a + b for name, a, b in pairs}})
-
-
-def never_worse(logp: Tensor, gated: Tensor) -> Tensor:
-    """Return the prices (N,) float32 of the Bayesian mixture of the neural model and the gated mixture.
-
-    Prior one half each, posterior from the targets before, in float64: over any stream the price is at most
-    log 2, one bit, above the neural model's.
-    """
-    neural = logp.double()
-    lead = (gated - neural).cumsum(0) - (gated - neural)  # of the gate, over all targets before
-    return torch.logaddexp(F.logsigmoid(-lead) + neural, F.logsigmoid(lead) + gated).float()
 
 
 def mix_stream(tokens: Tensor, logp: Tensor, entropy: Tensor, settings: Settings) -> Tensor:
@@ -2317,7 +2346,7 @@ def mix_stream(tokens: Tensor, logp: Tensor, entropy: Tensor, settings: Settings
 
     `tokens` (N + 1,) integers, `logp` and `entropy` (N,) float32: a recorded neural stream.
     """
-    return mix(tokens, recall(tokens, settings), logp, entropy, None, settings).logp
+    return mix_prices(tokens, recall(tokens, settings), logp, entropy, None, settings).logp
 
 
 def hand_over(chunks: list[ScoredChunk], total: int, rows: int, process: Process) -> Tensor:
@@ -2380,7 +2409,7 @@ def score_final(
     logp, entropy, *proposed = hand_over(chunks, len(dataset.target_bytes), len(proposals), process)
     prices, numbers = torch.zeros_like(logp), {}
     if process.is_main:
-        mixture = mix(tokens, known, logp, entropy, torch.stack(proposed), settings)
+        mixture = mix_prices(tokens, known, logp, entropy, torch.stack(proposed), settings)
         prices, numbers = mixture.logp, log_cache(logp, mixture, dataset, log)
     process.sum(prices)
     priced = (chunk._replace(logp=prices.index_select(0, chunk.positions)) for chunk in chunks)
@@ -2388,7 +2417,255 @@ def score_final(
 
 
 # ============================================================================================================
-# 11 RUN. In: the environment. Out: a run folder (run.log, metrics.jsonl, result.json, artifact.bin), one
+# 11 HASHED PSEUDO-SCORES. In: a recorded stream: tokens, log-probability and entropy of each target. Out:
+# what the hashed evaluators of five submissions make of it, what their "probabilities" sum to. Each looks up
+# the realised target alone in tables whose buckets many n-grams share, so the sum is not 1 and the figure is
+# no code length. Nothing of it reaches the ledger, and all that may see a target says `pseudo`.
+# Legend: O orders 2 ... max_order, N targets, Q asked targets, K candidates for each of them.
+# ============================================================================================================
+
+PSEUDO_PIECE = 2**15  # targets of one call: more would be shared out over threads, which wait for each other
+PSEUDO_BLOCK = 2**24  # buckets asked for at a time: bounds memory, changes nothing
+# Multipliers of an n-gram's tokens, oldest first; #864 and #890 each go on from #779's.
+HASH_779 = (36313, 27191, 51647, 81929, 131071, 174763, 233017)
+HASH_864 = (*HASH_779, 283721, 347237, 409891, 479909, 557927, 631553, 716279, 811207)
+HASH_890 = (*HASH_779, 299993, 350377)
+# By order, from 2 on: the entropy in nats at which alpha is halfway, and the factor on alpha.
+CENTERS_864 = tuple(3.0 - 0.25 * row for row in range(14))
+CENTERS_890 = (4.5, 4.2, 3.8, 3.5, 3.2, 3.0, 2.8, 2.6)
+CENTERS_810 = (4.5, 4.2, 3.8, 3.5, 3.2, 3.0, 3.0, 3.0, 2.7, 2.5)
+WEIGHTS_864 = (0.3, 0.3, 0.97) + (2.0,) * 11
+WEIGHTS_810 = (0.30, 0.45, 1.0, 1.88, 1.88) + (2.0,) * 5
+
+
+class PseudoRule(NamedTuple):
+    """One submission's evaluator as data."""
+
+    max_order: int
+    chunk_tokens: int  # targets priced between two updates of the tables
+    floor: float  # smallest probability of a target
+    centers: tuple[float, ...]
+    weights: tuple[float, ...] = (1.0,) * 8
+    multipliers: tuple[int, ...] = HASH_779  # (): a polynomial instead
+    alpha_min: float = 0.05
+    alpha_max: float = 0.60
+    alpha_clip: float = 1.0
+    buckets: int = 4_194_304  # of each table, a power of two
+    min_count: int = 2  # of a context that matches
+    gap: int = 0  # newest tokens that a context leaves out
+    sees_target: bool = False  # a match also needs F > 0, so the order depends on the target
+    uniform_miss: bool = False  # without a match the ratio is 1 / V; alpha is 0 before 100 targets
+
+
+PSEUDO_RULES = {
+    "pr864": PseudoRule(9, 65_536, 1e-10, CENTERS_864, WEIGHTS_864, HASH_864, alpha_clip=0.95),
+    "pr890": PseudoRule(9, 32, 1e-30, CENTERS_890, multipliers=HASH_890, gap=1, sees_target=True),
+    "pr779": PseudoRule(7, 1_048_576, 1e-12, (4.0,) * 6, uniform_miss=True),
+    # No code of it survives: clip, smallest count, table size and floor are guesses.
+    "pr810": PseudoRule(11, 16_384, 1e-20, CENTERS_810, WEIGHTS_810, (), 0.20, 0.75, 0.95),
+}
+
+
+def pseudo_rule(name: str, settings: Settings) -> PseudoRule:
+    """Return the rule `name` with the settings that are not 0 in place of its own; raises SettingError."""
+    if name not in PSEUDO_RULES:
+        text = f"PSEUDO={name} is no rule for recorded streams (pr834 needs the logits of its gate)"
+        raise SettingError(f"{text}; choose one of {', '.join(PSEUDO_RULES)}")
+    changes = {
+        "max_order": settings.ngram_max_order,
+        "chunk_tokens": settings.ngram_chunk_tokens,
+        "buckets": settings.ngram_buckets,
+        "min_count": settings.ngram_min_count,
+        "alpha_min": settings.ngram_alpha_min,
+        "alpha_max": settings.ngram_alpha_max,
+        "alpha_clip": settings.ngram_alpha_clip,
+    }
+    rule = PSEUDO_RULES[name]._replace(**{key: value for key, value in changes.items() if value})
+    if not 2 <= rule.max_order <= len(rule.centers) + 1:
+        orders = f"{name}'s orders, 2 to {len(rule.centers) + 1}"
+        raise SettingError(f"NGRAM_MAX_ORDER={rule.max_order} is not one of {orders}; choose one of them")
+    return rule
+
+
+def pseudo_hashes(rule: PseudoRule, tokens: Tensor) -> Tensor:
+    """Return the hash of each target's context, (O, N) int32.
+
+    Order n has n - 1 tokens t_k, k = 0 the oldest. #864, #890, #779: XOR of t_k * multiplier_k. #810: a
+    polynomial, whose even step lets old tokens fade away. Buckets are low bits, which overflow leaves alone.
+    """
+    orders, total = rule.max_order - 1, len(tokens) - 1
+    padded = F.pad(tokens, (orders + rule.gap, 0))
+    hashes = padded.new_zeros(orders, total)
+    for k in range(orders):
+        terms = padded * rule.multipliers[k] if rule.multipliers else padded
+        for row in range(k, orders):
+            term = terms[orders - row + k :][:total]
+            if rule.multipliers:
+                hashes[row].bitwise_xor_(term)
+            else:
+                hashes[row].mul_(265_443_576).add_(term)
+    return hashes
+
+
+def pseudo_pairs(rule: PseudoRule, hashes: Tensor, targets: Tensor) -> Tensor:
+    """Return the bucket of each context with its target: hashes (O, N, 1), targets (N, K) -> (O, N, K)."""
+    if not rule.multipliers:
+        return hashes * 1_000_003 + targets & rule.buckets - 1
+    factors = targets.new_tensor(rule.multipliers[1 : rule.max_order])[:, None, None]
+    return (factors * targets).bitwise_xor_(hashes).bitwise_and_(rule.buckets - 1)
+
+
+def pseudo_counts(keys: Tensor, seen: Tensor, asked: Tensor, buckets: int) -> Tensor:
+    """Return how full the asked buckets were, int32 like `asked` (O, Q, K), with one table per order.
+
+    `keys` (O, N) are the buckets that the stream's targets fill, a chunk at a time; query q finds the first
+    seen[q] of them there, `seen` (Q,) ascending. Bucket number `buckets` is a spare one.
+    """
+    counts = torch.empty_like(asked, dtype=torch.int32)
+    stops, lengths = (part.tolist() for part in seen.unique_consecutive(return_counts=True))
+    # Long chunks: one table at a time, which stays in the processor's cache. Short ones: fewer calls.
+    tables = 1 if asked[0].numel() >= 4096 * len(stops) else len(keys)
+    table = torch.empty(tables, buckets + 1, dtype=torch.int32, device=keys.device)
+    one = table.new_ones(1, 1)
+    for row in range(0, len(keys), tables):
+        rows, stored, begin = slice(row, row + tables), 0, 0
+        table.zero_()
+        for stop, length in zip(stops, lengths, strict=True):
+            for new in keys[rows, stored:stop].split(PSEUDO_PIECE, dim=1):
+                table.scatter_add_(1, new.long(), one.expand_as(new))
+            pieces = (
+                part[rows, begin : begin + length].split(PSEUDO_PIECE, dim=1) for part in (asked, counts)
+            )
+            for part, count in zip(*pieces, strict=True):
+                count.copy_(table.gather(1, part.flatten(1).long()).view(part.shape))
+            stored, begin = stop, begin + length
+    return counts
+
+
+def pseudo_lookups(
+    rule: PseudoRule, tokens: Tensor, at: Tensor | slice, candidates: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the tables hold when the targets `at` (Q,), ascending, are priced: seen, C and F.
+
+    `seen` (Q,) targets have been stored; C (O, Q, 1) counts contexts, F (O, Q, K) contexts with a target:
+    column 0 is the realised one, the tokens 0 ... candidates - 1 follow. Nothing counts that would begin
+    before the stream.
+    """
+    column = torch.arange(len(tokens) - 1, device=tokens.device)[at]
+    seen = column // rule.chunk_tokens * rule.chunk_tokens
+    contexts = pseudo_hashes(rule, tokens)
+    pairs = pseudo_pairs(rule, contexts[:, :, None], tokens[1:, None])
+    asked = pairs[:, at]
+    if candidates:
+        others = torch.arange(candidates, dtype=torch.int32, device=tokens.device).expand(len(column), -1)
+        asked = torch.cat((asked, pseudo_pairs(rule, contexts[:, at, None], others)), dim=2)
+    contexts.bitwise_and_(rule.buckets - 1)
+    for row in range(len(contexts)):
+        contexts[row, : row + rule.gap] = pairs[row, : row + rule.gap] = rule.buckets
+    counts = pseudo_counts(contexts, seen, contexts[:, at, None], rule.buckets)
+    for row in range(len(contexts)):
+        counts[row, : torch.searchsorted(column, row + rule.gap)] = 0
+    return seen, counts, pseudo_counts(pairs[:, :, 0], seen, asked, rule.buckets)
+
+
+def pseudo_mixture(
+    rule: PseudoRule, vocab_size: int, entropy: Tensor, lookups: tuple[Tensor, ...], each: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return alpha (Q, 1 or K) and the ratio min(F, C) / C (Q, K) from `pseudo_lookups`.
+
+    A price is (1 - alpha) * neural + alpha * ratio, with the highest order whose context has been seen often
+    enough. Where F > 0 counts as well, the realised target's decides for all columns, or each for itself.
+    """
+    seen, contexts, pairs = lookups
+    matched = contexts >= rule.min_count
+    if rule.sees_target:
+        matched = matched & ((pairs if each else pairs[:, :, :1]) > 0)
+    steps = torch.arange(1, rule.max_order, dtype=torch.int8, device=seen.device)[:, None, None]
+    level = (matched * steps).amax(dim=0).long()  # (Q, 1 or K): 0 is no match, 1 is order 2
+    row = (level - 1).clamp(min=0)[None]
+    count = contexts.expand(-1, -1, level.shape[1]).gather(0, row)[0].double().clamp(min=1)
+    ratio = torch.minimum(pairs.gather(0, row.expand(-1, -1, pairs.shape[2]))[0], count) / count
+    ratio = torch.where(level > 0, ratio, 1 / vocab_size)
+    centers = entropy.new_tensor((rule.centers[0], *rule.centers))
+    weights = entropy.new_tensor((float(rule.uniform_miss), *rule.weights))
+    curve = torch.sigmoid(2 * (entropy[:, None] - centers[level]))
+    alpha = weights[level] * (rule.alpha_min + (rule.alpha_max - rule.alpha_min) * curve)
+    return alpha.clamp(max=rule.alpha_clip) * (seen >= 100 * rule.uniform_miss)[:, None], ratio
+
+
+def pseudo_stream(
+    rule: str, tokens: np.ndarray, logp: np.ndarray, entropy: np.ndarray, settings: Settings, device="cpu"
+) -> np.ndarray:
+    """Return the pseudo log-probability of each target (N,), float64 nats, of a recorded stream.
+
+    `tokens` (N + 1,); `logp` and `entropy` (N,) of the neural score in nats. Chunk k is the targets
+    1 + k * C ... (k + 1) * C; its n-grams enter the tables once all of it is priced. A recorded stream has no
+    pre-enrichment: #810's confidence is 0.5, a factor of 1 on alpha. Raises SettingError.
+    """
+    described, ids = pseudo_rule(rule, settings), torch.from_numpy(tokens.astype(np.int32)).to(device)
+    neural, nats = (torch.from_numpy(part.astype(np.float64)).to(device) for part in (logp, entropy))
+    lookups = pseudo_lookups(described, ids, slice(None))
+    alpha, ratio = pseudo_mixture(described, settings.vocab_size, nats, lookups)
+    prices = (1 - alpha) * neural.exp()[:, None] + alpha * ratio
+    return prices[:, 0].clamp(min=described.floor).log().cpu().numpy()
+
+
+def pseudo_totals(
+    rule: str, tokens: np.ndarray, entropy: np.ndarray, settings: Settings, at, rows=None, device="cpu"
+) -> np.ndarray:
+    """Return what the pseudo-probabilities of the whole vocabulary sum to, (Q,) float64, before the floor.
+
+    `at` (Q,), ascending, are targets counted from 0, each with the tables as they stand when it is priced.
+    `rows` (Q, V) are neural log-probabilities. They matter to pr890 alone, whose order, and with it alpha,
+    changes with the candidate; without them the realised target's order stands for every candidate.
+    """
+    described, ids = pseudo_rule(rule, settings), torch.from_numpy(tokens.astype(np.int32)).to(device)
+    size, totals = max(1, PSEUDO_BLOCK // (described.max_order * settings.vocab_size)), np.empty(len(at))
+    for part in (slice(first, first + size) for first in range(0, len(at), size)):
+        nats = torch.from_numpy(entropy[at[part]].astype(np.float64)).to(device)
+        lookups = pseudo_lookups(described, ids, torch.from_numpy(at[part]).to(device), settings.vocab_size)
+        each = rows is not None
+        alpha, ratio = pseudo_mixture(described, settings.vocab_size, nats, lookups, each)
+        # Where alpha is one for all candidates, any neural distribution gives the same sum.
+        neural = np.exp(rows[part], dtype=np.float64) if each else np.array(1 / settings.vocab_size)
+        alpha = alpha.expand_as(ratio)[:, 1:]
+        prices = (1 - alpha) * torch.from_numpy(neural).to(device) + alpha * ratio[:, 1:]
+        totals[part] = prices.sum(dim=1).cpu()
+    return totals
+
+
+def pseudo_mass(rule: str, tokens: np.ndarray, entropy: np.ndarray, settings: Settings, every: int) -> float:
+    """Return the mean of `pseudo_totals` over the targets every, 2 * every, ..., the first target being 1."""
+    at = np.arange(every, len(tokens), every) - 1
+    return float(pseudo_totals(rule, tokens, entropy, settings, at).mean())
+
+
+def pseudo_sample(total: int, settings: Settings) -> np.ndarray:
+    """Return PSEUDO_SAMPLE of `total` targets, evenly spread, or all if there are fewer; counted from 0."""
+    count = min(total, settings.pseudo_sample)
+    return np.arange(count) * total // max(count, 1)
+
+
+def pseudo_report(
+    tokens: np.ndarray, logp: np.ndarray, entropy: np.ndarray, target_bytes: np.ndarray, settings, rows=None
+) -> tuple[str, dict[str, object]]:
+    """Return what rule PSEUDO makes of a recorded stream, as a line and as numbers; see `pseudo_stream`.
+
+    `target_bytes` (N,). `rows` (Q, V), of `pseudo_totals`, belong to the targets `pseudo_sample`, from which
+    the mass and the bits per byte after division by each target's own sum are taken.
+    """
+    rule, nats = settings.pseudo, -pseudo_stream(settings.pseudo, tokens, logp, entropy, settings)
+    at = pseudo_sample(len(nats), settings)
+    totals = pseudo_totals(rule, tokens, entropy, settings, at, rows)
+    bpb, mass = bits_per_byte(nats.sum(), target_bytes.sum()), float(totals.mean())
+    proper = bits_per_byte((nats[at] + np.log(totals)).sum(), target_bytes[at].sum())
+    why = f"probabilities sum to {mass:.4g} on average; after renormalisation {proper:.4f} bpb"
+    numbers = {"rule": rule, "pseudo_bpb": bpb, "mass": mass, "renormalized_bpb": proper}
+    return f"pseudo {rule}: {bpb:.4f} (not a code length: {why})", numbers
+
+
+# ============================================================================================================
+# 12 RUN. In: the environment. Out: a run folder (run.log, metrics.jsonl, result.json, artifact.bin), one
 # last line, an exit code. The steps hand over small results: train -> weights -> artifact file -> evaluate.
 # What is scored is always the file read back from disk.
 # ============================================================================================================

@@ -2,8 +2,9 @@
 
 Per recipe: training tokens a second, the share of a step that the optimizers take, scoring tokens a second,
 seconds and size of an artifact. For the exact cache: tokens a second and memory, from 1 to 16 million tokens.
-Machines are noisy: each figure is the median of several repetitions, and what is compared is measured in one
-run.
+For the hashed pseudo-scores: tokens a second of #864's rule, and of the same rule in straightforward numpy,
+with one bincount over all buckets per chunk and table. Machines are noisy: each figure is the median of
+several repetitions, and what is compared is measured in one run.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import reference  # noqa: E402
+
 import train_gpt  # noqa: E402
 
 # Recipes at a batch that the machine at hand can take: (recipe, variables on a CPU, variables on a GPU).
@@ -141,7 +144,7 @@ def bench_cache(millions: int, process: train_gpt.Process) -> dict[str, object]:
 
     def count_and_mix():
         known = train_gpt.recall(tokens, settings)
-        return train_gpt.mix(tokens, known, -logp, entropy, None, settings)
+        return train_gpt.mix_prices(tokens, known, -logp, entropy, None, settings)
 
     repetitions = 3 if millions == 1 else 1
     count_seconds = median_seconds(process, repetitions, count)
@@ -172,6 +175,34 @@ def bench_growth() -> list[dict[str, object]]:
     return figures
 
 
+def bench_pseudo(process: train_gpt.Process) -> dict[str, float]:
+    """Return the speed of #864's rule, the straightforward version's, and how many times faster it is."""
+    settings, rule = train_gpt.Settings(), train_gpt.PSEUDO_RULES["pr864"]
+    generator, count = np.random.default_rng(0), 2**20
+    tokens = (1024 * generator.random(count + 1) ** 3).astype(
+        np.uint16
+    )  # some tokens far oftener than others
+    logp, entropy = np.full(count, -3.0, np.float32), 6 * generator.random(count, np.float32)
+
+    def engine():
+        train_gpt.pseudo_stream("pr864", tokens, logp, entropy, settings, process.device)
+
+    def straightforward():
+        reference.pseudo_bincount(tokens, logp, entropy, rule.buckets, rule.chunk_tokens)
+
+    seconds = median_seconds(process, 5, engine), median_seconds(process, 3, straightforward)
+    return {
+        "pseudo_tokens_per_second": count / seconds[0],
+        "bincount_tokens_per_second": count / seconds[1],
+        "times_faster": seconds[1] / seconds[0],
+    }
+
+
+def figures_line(figures: dict[str, object]) -> str:
+    """Return the numbers among `figures` as text."""
+    return " ".join(f"{k}:{v:.4g}" for k, v in figures.items() if isinstance(v, int | float))
+
+
 def main() -> int:
     """Measure every case, print a line each, write the JSON file."""
     with train_gpt.open_process({}, train_gpt.Settings()) as process:
@@ -186,8 +217,9 @@ def main() -> int:
         for recipe, on_cpu_variables, on_gpu_variables in CASES:
             figures = bench_recipe(recipe, on_gpu_variables if on_gpu else on_cpu_variables, process)
             report["recipes"][recipe] = figures
-            line = " ".join(f"{k}:{v:.4g}" for k, v in figures.items() if isinstance(v, int | float))
-            print(f"bench:{recipe} {line}", flush=True)
+            print(f"bench:{recipe} {figures_line(figures)}", flush=True)
+        report["pseudo"] = bench_pseudo(process)
+        print(f"bench:pseudo {figures_line(report['pseudo'])}", flush=True)
     path = ROOT / "records" / "bench" / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower()}.json"
     train_gpt.write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
     print(f"written to {path.relative_to(ROOT)}")

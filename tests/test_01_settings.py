@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 from conftest import metrics_of, result_of
 
@@ -78,6 +79,9 @@ def test_hand_set_wins_over_recipe():
         ({"CROWN_Q_LAMBDA": "0.1"}, ["QAT_START='off'", "CROWN_Q_LAMBDA", "0.1"]),
         ({"LEAKY_RELU": "1"}, ["LEAKY_RELU='1'", "set MLP_ACTIVATION"]),
         ({"LATE_QAT_THRESHOLD": "0.5"}, ["LATE_QAT_THRESHOLD='0.5'", "set QAT_START"]),
+        ({"NGRAM_BUCKETS": "3"}, ["NGRAM_BUCKETS=3", "a power of two", "2 or 4"]),
+        ({"NGRAM_BUCKETS": "4194303"}, ["NGRAM_BUCKETS=4194303", "2097152 or 4194304"]),
+        ({"PSEUDO": "pr886"}, ["PSEUDO='pr886'", "none, pr864, pr890, pr779, pr810, pr834"]),
         ({"NUM_LAYRES": "4"}, ["NUM_LAYRES='4'", "NUM_LAYERS"]),
         ({"ITERATION": "4"}, ["ITERATION='4'", "ITERATIONS"]),
         ({"EVAL_STRIDES": "4"}, ["EVAL_STRIDES='4'", "EVAL_STRIDE"]),
@@ -229,6 +233,15 @@ ACTS = {
     "CACHE_HIDDEN": "8",
     "CACHE_STEPS": "1",
     "CACHE_LR": "0.01",
+    "PSEUDO": "pr864",
+    "PSEUDO_SAMPLE": "10",
+    "NGRAM_BUCKETS": "64",
+    "NGRAM_CHUNK_TOKENS": "100",
+    "NGRAM_MAX_ORDER": "3",
+    "NGRAM_MIN_COUNT": "1",
+    "NGRAM_ALPHA_MIN": "0.2",
+    "NGRAM_ALPHA_MAX": "0.3",
+    "NGRAM_ALPHA_CLIP": "0.3",
 }
 BASE = {"EMBED_LR": {"TIE_EMBEDDINGS": "0"}, "HEAD_LR": {"TIE_EMBEDDINGS": "0"}, "RUN_ID": {"RUN_DIR": ""}}
 BASE |= {"EVAL_SEQ_LEN": {"EVAL_STRIDE": "8"}, "MICRO_BATCH_SLOTS": {}, "ADAM_EPS": {"WARMDOWN_ITERS": "0"}}
@@ -240,6 +253,9 @@ BASE |= {name: {"QAT_START": "step0"} for name in ("SOFT_ROUND_QAT", "CROWN_Q_LA
 SWA = {"AVERAGE": "swa", "SWA_EVERY": "1", "SWA_START_SCALE": "2"}
 BASE |= {"AVERAGE": SWA | {"AVERAGE": "ema"}, "SWA_SOURCE": SWA, "SWA_EVERY": SWA, "SWA_START_SCALE": SWA}
 BASE |= {"TRAIN_LOG_EVERY": {"ITERATIONS": "12", "TRAIN_LOG_EVERY": "0"}}
+PSEUDO = {"PSEUDO": "pr864", "NGRAM_CHUNK_TOKENS": "50"}
+RULES = ("NGRAM_M", "NGRAM_B", "NGRAM_A", "PSEUDO_SAMPLE")
+BASE |= {name: PSEUDO for name in ACTS if name.startswith(RULES)}
 
 
 def observe(env, monkeypatch, tmp_path):
@@ -278,6 +294,9 @@ def observe(env, monkeypatch, tmp_path):
         log = (run_dirs[0] / "run.log").read_text()
         seen["lines"] = [re.sub(r"[\d.]+", "", line) for line in log.splitlines() if "average:" in line]
         seen["header"] = (run_dirs[0] / "artifact.bin").read_bytes()[-40:]
+        if (settings := Settings.from_env(env)).pseudo != "none":
+            tokens, sizes = np.arange(500) ** 2 % 37 % 11, np.ones(499)
+            seen["pseudo"] = train_gpt.pseudo_report(tokens, -2 * sizes, 3 * sizes, sizes, settings)
         seen["warmup"] = (run_dirs[0] / "run.log").read_text().count("warmup_step:")
     for run_dir in run_dirs:
         (run_dir / "result.json").unlink()

@@ -13,7 +13,7 @@ from test_02_process import torchrun
 from test_09_counts import random_tokens, settings_for
 
 import train_gpt
-from train_gpt import Gate, Settings, mix, mix_stream, never_worse, plan_chunks, recall
+from train_gpt import Gate, Settings, mix_prices, mix_stream, never_worse, plan_chunks, recall
 
 ORDERS = (2, 3, 4, 5, 6, 8)
 
@@ -42,7 +42,7 @@ def case(vocab_size=12, length=250, seed=0, **more):
 
 def test_whole_distribution_sums_to_one_and_the_fast_path_equals_it():
     tokens, rows, logp, entropy, settings = case()
-    fast = mix(tokens, recall(tokens, settings), logp, entropy, None, settings).logp
+    fast = mix_prices(tokens, recall(tokens, settings), logp, entropy, None, settings).logp
     slow = reference.SlowMixture(12, ORDERS, 4, settings.cache_hidden, 2, settings.cache_lr, 96)
     slow.reveal(int(tokens[0]), 0.0)
     deviations = []

@@ -1,0 +1,243 @@
+"""HASHED PSEUDO-SCORES: five rules, one engine, and their mass. Run alone: pytest tests/test_11_pseudo.py
+
+The figures on FineWeb need SAMPLE_DATA, the folder of the sample shard and its recorded neural stream.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import reference
+import torch
+
+import train_gpt
+from train_gpt import (
+    PSEUDO_RULES,
+    SettingError,
+    Settings,
+    pseudo_hashes,
+    pseudo_mass,
+    pseudo_report,
+    pseudo_rule,
+    pseudo_sample,
+    pseudo_stream,
+    pseudo_totals,
+)
+
+
+def recorded(targets, vocab, seed=0):
+    """A stream that repeats itself, and made-up neural rows: tokens, logp, entropy, rows."""
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(0, vocab, targets + 1).astype(np.uint16)
+    for _ in range(targets // 40):
+        here, there, length = (*generator.integers(0, targets, 2), generator.integers(3, 15))
+        tokens[there : there + length] = tokens[here : here + len(tokens[there : there + length])]
+    rows = torch.from_numpy(3 * generator.standard_normal((targets, vocab))).log_softmax(dim=1).numpy()
+    logp = rows[np.arange(targets), tokens[1:]].astype(np.float32)
+    return tokens, logp, -(np.exp(rows) * rows).sum(axis=1).astype(np.float32), rows
+
+
+def rule_settings(vocab, buckets=0, chunk=0, **more):
+    return Settings(vocab_size=vocab, ngram_buckets=buckets, ngram_chunk_tokens=chunk, **more)
+
+
+@pytest.mark.parametrize("rule", PSEUDO_RULES)
+@pytest.mark.parametrize("buckets", [1, 2, 64, 2**22])
+@pytest.mark.parametrize(("targets", "vocab"), [(0, 5), (1, 5), (2, 5), (17, 3), (211, 5), (307, 40)])
+def test_rules_are_the_dictionaries(rule, buckets, targets, vocab):
+    """Prices, sums at the realised target's order, and sums with every candidate at its own."""
+    tokens, logp, entropy, rows = recorded(targets, vocab)
+    settings, every = rule_settings(vocab, buckets, chunk=7), np.arange(targets)
+    twin = reference.PseudoTwin(rule, tokens, logp, entropy, vocab, None, 7, buckets)
+    assert pseudo_stream(rule, tokens, logp, entropy, settings) == pytest.approx(twin.prices, rel=1e-12)
+    assert pseudo_totals(rule, tokens, entropy, settings, every) == pytest.approx(twin.totals, rel=1e-12)
+    twin = reference.PseudoTwin(rule, tokens, logp, entropy, vocab, rows, 7, buckets)
+    assert pseudo_totals(rule, tokens, entropy, settings, every, rows) == pytest.approx(
+        twin.totals, rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("rule", PSEUDO_RULES)
+@pytest.mark.parametrize("chunk", [1, 1000, 0])
+def test_any_chunk_is_the_dictionaries(rule, chunk):
+    """Chunks of one target, of many, and the rule's own."""
+    tokens, logp, entropy, _ = recorded(1009, 8, seed=1)
+    twin = reference.PseudoTwin(rule, tokens, logp, entropy, 8, None, chunk, 256)
+    settings = rule_settings(8, 256, chunk)
+    assert pseudo_stream(rule, tokens, logp, entropy, settings) == pytest.approx(twin.prices, rel=1e-12)
+    expected = np.mean(twin.totals[9::10])  # targets 10, 20, ..., the first being 1
+    assert pseudo_mass(rule, tokens, entropy, settings, 10) == pytest.approx(expected, rel=1e-12)
+
+
+def test_long_chunks_are_the_bincounts():
+    """Chunks long enough for one table at a time."""
+    tokens, logp, entropy, _ = recorded(50_021, 300, seed=2)
+    prices = reference.pseudo_bincount(tokens, logp, entropy, 2**16, 8192)
+    settings = rule_settings(300, 2**16, 8192)
+    assert pseudo_stream("pr864", tokens, logp, entropy, settings) == pytest.approx(prices, rel=1e-12)
+
+
+def test_blocks_and_samples_change_no_sum(monkeypatch):
+    tokens, _, entropy, rows = recorded(500, 30)
+    settings, at = rule_settings(30, 1024, 50), np.arange(500)
+    for rule in PSEUDO_RULES:
+        whole = pseudo_totals(rule, tokens, entropy, settings, at, rows)
+        some = pseudo_totals(rule, tokens, entropy, settings, at[3::7], rows[3::7])
+        assert some == pytest.approx(whole[3::7], rel=1e-13)
+        monkeypatch.setattr(train_gpt, "PSEUDO_BLOCK", 4000)
+        blocks = pseudo_totals(rule, tokens, entropy, settings, at, rows)
+        assert blocks == pytest.approx(whole, rel=1e-13)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("rule", PSEUDO_RULES)
+def test_later_tokens_change_no_earlier_price(rule):
+    tokens, logp, entropy, _ = recorded(400, 6)
+    settings = rule_settings(6, 2**12, 16)
+    before = pseudo_stream(rule, tokens, logp, entropy, settings)
+    for t in (1, 33, 250, 400):
+        changed = tokens.copy()
+        changed[t:] = (changed[t:] + 1) % 6
+        after = pseudo_stream(rule, changed, logp, entropy, settings)
+        assert after[: t - 1].tolist() == before[: t - 1].tolist()
+
+
+@pytest.mark.parametrize("rule", ["pr864", "pr779", "pr810"])
+def test_without_collisions_the_mass_is_one(rule):
+    """30 different n-grams in 4,194,304 buckets: F sums to C, which is what makes exact counts valid."""
+    tokens, _, entropy, _ = recorded(300, 3)
+    settings = rule_settings(3, 0, 16, ngram_max_order=3)
+    totals = pseudo_totals(rule, tokens, entropy, settings, np.arange(300))
+    assert totals == pytest.approx(np.ones(300), rel=1e-12)
+
+
+def test_pr890_has_mass_even_without_collisions():
+    """A target that was never seen falls back to a lower order: the candidates' orders do not sum to one."""
+    tokens, _, entropy, rows = recorded(300, 3)
+    settings = rule_settings(3, 0, 16, ngram_max_order=3)
+    totals = pseudo_totals("pr890", tokens, entropy, settings, np.arange(300), rows)
+    assert abs(totals - 1).max() > 0.01
+
+
+def test_one_bucket_drives_the_score_to_zero_and_the_mass_to_the_vocabulary():
+    tokens, logp, entropy, _ = recorded(20_000, 256, seed=3)
+    logp, entropy = np.full_like(logp, -math.log(256)), np.full_like(entropy, math.log(256))
+    settings = rule_settings(256, 1, 1024)
+    prices = pseudo_stream("pr864", tokens, logp, entropy, settings)[1024:]
+    assert -prices.mean() / math.log(2) < 0.1  # bits a token, at least a byte each
+    later = np.arange(1024, 20_000, 37)
+    assert pseudo_totals("pr864", tokens, entropy, settings, later).mean() > 0.8 * 256
+
+
+def test_pr810s_step_lets_old_tokens_fade():
+    """The multiplier is 8 times an odd number: with 2**22 buckets orders 10 and 11 see what order 9 sees."""
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 1024, 500))
+    rows = pseudo_hashes(PSEUDO_RULES["pr810"], tokens)[:, 20:] % 2**22
+    assert rows[9].equal(rows[7])
+    assert rows[8].equal(rows[7])
+    assert not rows[7].equal(rows[6])
+
+
+@pytest.mark.parametrize(
+    ("rule", "changes", "words"),
+    [
+        ("pr834", {}, ["PSEUDO=pr834", "gate", "choose one of pr864, pr890, pr779, pr810"]),
+        ("pr999", {}, ["PSEUDO=pr999", "choose one of"]),
+        ("pr890", {"ngram_max_order": 10}, ["NGRAM_MAX_ORDER=10", "pr890's orders, 2 to 9"]),
+        ("pr864", {"ngram_max_order": 1}, ["NGRAM_MAX_ORDER=1", "pr864's orders, 2 to 15"]),
+    ],
+)
+def test_what_cannot_be_done_is_refused(rule, changes, words):
+    tokens, logp, entropy, _ = recorded(20, 5)
+    with pytest.raises(SettingError) as caught:
+        pseudo_stream(rule, tokens, logp, entropy, Settings(**changes))
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_rules_are_those_of_the_setting_and_complete():
+    field = next(field for field in dataclasses.fields(Settings) if field.name == "pseudo")
+    assert set(field.metadata["choices"]) == {"none", "pr834", *PSEUDO_RULES}
+    for name, rule in PSEUDO_RULES.items():
+        highest = pseudo_rule(name, Settings(ngram_max_order=len(rule.centers) + 1))
+        assert len(highest.weights) >= len(highest.centers)
+        assert not highest.multipliers or len(highest.multipliers) >= highest.max_order
+        tokens, logp, entropy, _ = recorded(60, 4)
+        pseudo_stream(name, tokens, logp, entropy, rule_settings(4, 64, 8, ngram_max_order=highest.max_order))
+
+
+def test_report_shows_the_mass_and_is_no_code_length():
+    tokens, logp, entropy, rows = recorded(500, 20)
+    settings = rule_settings(20, 16, 50, pseudo="pr890", pseudo_sample=100)
+    at, sizes = pseudo_sample(500, settings), np.arange(500) % 3
+    assert at.tolist() == list(range(0, 500, 5))
+    line, numbers = pseudo_report(tokens, logp, entropy, sizes, settings, rows[at])
+    twin = reference.PseudoTwin("pr890", tokens, logp, entropy, 20, rows, 50, 16)
+    prices, totals = np.array(twin.prices), np.array(twin.totals)[at]
+    assert numbers["pseudo_bpb"] == pytest.approx(-prices.sum() / math.log(2) / sizes.sum())
+    assert numbers["mass"] == pytest.approx(totals.mean())
+    proper = -(prices[at] - np.log(totals)).sum() / math.log(2) / sizes[at].sum()
+    assert numbers["renormalized_bpb"] == pytest.approx(proper)
+    assert line == (
+        f"pseudo pr890: {numbers['pseudo_bpb']:.4f} (not a code length: probabilities sum to "
+        f"{numbers['mass']:.4g} on average; after renormalisation {proper:.4f} bpb)"
+    )
+    assert "val_bpb" not in line + repr(numbers)
+
+
+def test_sample_is_spread_evenly_and_never_repeats():
+    for total, count in ((0, 5), (1, 5), (5, 5), (7, 5), (1_040_297, 20_000)):
+        at = pseudo_sample(total, Settings(pseudo_sample=count))
+        assert len(at) == min(total, count)
+        assert len(at) < 2 or (np.diff(at).min() >= 1 and np.ptp(np.diff(at)) <= 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", PSEUDO_RULES)
+def test_gpu_counts_what_the_cpu_counts(rule):
+    tokens, logp, entropy, rows = recorded(5000, 50)
+    settings, at = rule_settings(50, 2**12, 300), np.arange(0, 5000, 7)
+    here = pseudo_stream(rule, tokens, logp, entropy, settings)
+    assert pseudo_stream(rule, tokens, logp, entropy, settings, "cuda") == pytest.approx(here, rel=1e-12)
+    here = pseudo_totals(rule, tokens, entropy, settings, at, rows[at])
+    there = pseudo_totals(rule, tokens, entropy, settings, at, rows[at], "cuda")
+    assert there == pytest.approx(here, rel=1e-12)
+
+
+@pytest.fixture(scope="module")
+def fineweb(sample_data):
+    """Tokens, logp, entropy of the sample of FineWeb, and its bytes."""
+    tokens = np.asarray(train_gpt.open_shard(sample_data / "fineweb_val_000000.bin"))
+    with np.load(sample_data / "fineweb_val_neural.npz") as stream:
+        return tokens, stream["logp"], stream["entropy"], 2_504_867
+
+
+@pytest.mark.parametrize(
+    ("rule", "changes", "expected"),
+    [
+        ("pr864", {"ngram_buckets": 4_194_304}, 2.25240),
+        ("pr864", {"ngram_buckets": 65_536}, 0.45599),
+        ("pr890", {"ngram_buckets": 4_194_304}, 1.95729),
+        ("pr779", {"ngram_buckets": 4_194_304, "ngram_chunk_tokens": 65_536}, 2.12509),
+    ],
+)
+def test_figures_on_fineweb(fineweb, rule, changes, expected):
+    tokens, logp, entropy, size = fineweb
+    prices = pseudo_stream(rule, tokens, logp, entropy, Settings(**changes))
+    assert -prices.sum() / math.log(2) / size == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("buckets", "expected"), [(4_194_304, 12.0253), (65_536, 663.466)])
+def test_mass_on_fineweb(fineweb, buckets, expected):
+    tokens, _, entropy, _ = fineweb
+    mass = pseudo_mass("pr864", tokens, entropy, Settings(ngram_buckets=buckets), 50)
+    assert mass == pytest.approx(expected, rel=1e-4)
+
+
+def test_one_bucket_on_fineweb(fineweb):
+    tokens, logp, entropy, size = fineweb
+    settings = Settings(ngram_buckets=1, ngram_chunk_tokens=1024)
+    prices = pseudo_stream("pr864", tokens, logp, entropy, settings)[1024:]
+    assert -prices.sum() / math.log(2) / size < 0.1
+    later = np.arange(1024, len(prices), 500)
+    assert pseudo_totals("pr864", tokens, entropy, settings, later).mean() > 0.8 * 1024

@@ -1852,27 +1852,21 @@ class ScoredChunk(NamedTuple):
     proposed: Tensor  # (K, n) float32, log-probabilities of the cache's proposals, 0 where there is none
 
 
-def score_stream(
-    logits,
-    tokens: np.ndarray,
-    seq_len: int,
-    stride: int,
-    batch: int,
-    process: Process,
-    label: str,
-    proposals: Tensor | None = None,
-) -> Iterator[ScoredChunk]:
-    """Yield this rank's share of all targets of `tokens` (N + 1,), `batch` windows at a time.
+def score_windows(
+    logits, tokens: np.ndarray, plan: np.ndarray, settings: Settings, process: Process, label: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield targets (n,) int64 that windows of `plan` price, and their rows of log-probabilities (n, V).
 
-    `logits(ids, last)` is GPT.logits or its compiled twin. Every pass has one of two shapes: opening windows
-    hand out all positions, later ones the last `stride`; short batches are padded with unread windows.
-    `proposals` (K, N) are token ids to price as well, ids out of the vocabulary stand for none.
+    `logits(ids, last)` is GPT.logits or its compiled twin. Every pass has one of two shapes: opening
+    windows hand out all positions, later ones the last few; short batches are padded with unread windows.
     """
-    proposals = torch.empty((0, len(tokens) - 1), device=process.device) if proposals is None else proposals
-    plan = plan_windows(len(tokens) - 1, seq_len, stride)[process.rank :: process.world_size]
-    opens = (plan[:, 1] == 0) | (stride == seq_len)
+    seq_len = settings.window
+    batch = settings.val_batch_size // settings.micro_batch_slots // seq_len
+    priced = plan[:, 2] - plan[:, 1]
+    later = int(priced[plan[:, 1] > 0].max(initial=1))
+    opens = (plan[:, 1] == 0) | (later == seq_len)
     with process.progress(len(plan), label) as bar:
-        for windows, last in ((plan[opens], seq_len), (plan[~opens], stride)):
+        for windows, last in ((plan[opens], seq_len), (plan[~opens], later)):
             rows = min(batch, len(windows))
             for begin in range(0, len(windows), max(rows, 1)):
                 start, first, stop = windows[begin : begin + rows].T[:, :, None]
@@ -1881,20 +1875,44 @@ def score_stream(
                 ids = np.concatenate((ids, np.zeros((rows - len(ids), seq_len), np.int32)))
                 kept = inputs[:, seq_len - last :]
                 wanted = np.flatnonzero((kept >= first) & (kept < stop))
-                places = kept.reshape(-1)[wanted]
-                targets = torch.from_numpy(tokens[places + 1].astype(np.int64)).to(process.device)
-                positions = torch.from_numpy(places).to(process.device)
                 with torch.inference_mode(), process.precision():
                     scores = logits(torch.from_numpy(ids).to(process.device).long(), last).flatten(0, 1)
-                    scores = scores.index_select(0, torch.from_numpy(wanted).to(process.device))
-                    logp = scores.log_softmax(dim=-1)
-                    entropy = -(logp.exp() * logp).sum(dim=-1)
-                    chosen = logp.gather(1, targets[:, None])[:, 0]
-                    asked = proposals.index_select(1, positions).long()
-                    known = asked < logp.shape[1]
-                    proposed = logp.gather(1, asked.where(known, 0).t()).t() * known
-                yield ScoredChunk(positions, targets, chosen, entropy, proposed)
-                bar.update(len(windows[begin : begin + rows]))
+                    scores = scores.index_select(0, torch.from_numpy(wanted).to(process.device)).log_softmax(
+                        -1
+                    )
+                yield torch.from_numpy(kept.reshape(-1)[wanted]).to(process.device), scores
+                bar.update(len(start))
+
+
+def score_stream(
+    logits, tokens: np.ndarray, settings: Settings, stride: int, process: Process, label: str, proposals=None
+) -> Iterator[ScoredChunk]:
+    """Yield this rank's share of all targets of `tokens` (N + 1,), in windows that advance by `stride`.
+
+    `proposals` (K, N) are token ids to price as well; ids out of the vocabulary stand for none.
+    """
+    total, device = len(tokens) - 1, process.device
+    proposals = torch.empty((0, total), device=device) if proposals is None else proposals
+    plan = plan_windows(total, settings.window, stride)[process.rank :: process.world_size]
+    following = torch.from_numpy(tokens[1:].astype(np.int32)).to(device)
+    for positions, rows in score_windows(logits, tokens, plan, settings, process, label):
+        targets, asked = following[positions].long(), proposals.index_select(1, positions).long()
+        known = asked < rows.shape[1]
+        proposed = rows.gather(1, asked.where(known, 0).t()).t() * known
+        entropy = -(rows.exp() * rows).sum(dim=-1)
+        yield ScoredChunk(positions, targets, rows.gather(1, targets[:, None])[:, 0], entropy, proposed)
+
+
+def score_sample(logits, tokens: np.ndarray, at: np.ndarray, settings: Settings, process: Process) -> Tensor:
+    """Return the rows (Q, V) of the targets `at` (Q,), ascending, as the final score sees them."""
+    plan = plan_windows(len(tokens) - 1, settings.window, settings.eval_stride)
+    plan = plan[np.unique(np.searchsorted(plan[:, 2], at, side="right"))][process.rank :: process.world_size]
+    asked = torch.from_numpy(at).to(process.device)
+    table = torch.zeros((len(at), settings.vocab_size), device=process.device)
+    for positions, rows in score_windows(logits, tokens, plan, settings, process, "sample"):
+        chosen = torch.isin(positions, asked)
+        table.index_copy_(0, torch.searchsorted(asked, positions[chosen]), rows[chosen].float())
+    return process.sum(table)
 
 
 def bits_per_byte(nats: float, size: int) -> float:
@@ -1950,21 +1968,6 @@ def account(chunks: Iterable[ScoredChunk], dataset: Dataset, process: Process) -
     for chunk in chunks:
         ledger.add(chunk)
     return ledger.close()
-
-
-def score_validation(
-    logits,
-    dataset: Dataset,
-    settings: Settings,
-    stride: int,
-    process: Process,
-    label: str,
-    proposals: Tensor | None = None,
-) -> Iterator[ScoredChunk]:
-    """Yield this rank's share of the validation stream, scored with windows that advance by `stride`."""
-    batch = settings.val_batch_size // settings.micro_batch_slots // settings.window
-    tokens, window = dataset.val_tokens, settings.window
-    return score_stream(logits, tokens, window, stride, batch, process, label, proposals)
 
 
 # ============================================================================================================
@@ -2190,7 +2193,6 @@ FIRST_CHUNK = 64  # chunks grow to CACHE_CHUNK_TOKENS: early prices learn from f
 NEURAL_BIAS = 4.0  # initial logit of the neural model against 0 for each expert with evidence
 EMBED_ROWS = 4_096  # rows of the gate's token tables; token ids wrap around
 RECENT = 16  # targets whose mean price the gate knows
-CURVE_POINTS = 64  # points of the curve of bits per byte against tokens seen
 
 
 class Chunk(NamedTuple):
@@ -2366,54 +2368,6 @@ def gain_interval(saved: np.ndarray, target_bytes: np.ndarray, document: np.ndar
         picked = random.integers(len(bits), size=len(bits))
         drawn.append(bits[picked].sum() / max(size[picked].sum(), 1.0))
     return np.quantile(drawn, (0.025, 0.975)).tolist()
-
-
-def log_cache(neural: Tensor, mixture: Mixture, dataset: Dataset, log: Log) -> dict[str, object]:
-    """Log what the cache gained over the neural prices (N,): by document, by family, along the stream."""
-    bits = [-prices.double().cpu().numpy() / math.log(2) for prices in (neural, mixture.logp)]
-    size = dataset.target_bytes.astype(np.float64)
-    document = np.cumsum(dataset.val_tokens[:-1] == MARKER_ID)
-    document -= document[:1].sum()  # the first document is number 0, marker or not
-    bpb = [float(values.sum() / size.sum()) for values in bits]
-    numbers = {"neural_bpb": bpb[0], "cache_gain_bpb": bpb[0] - bpb[1], "cache_weights": mixture.weights}
-    numbers["cache_gain_interval"] = gain_interval(bits[0] - bits[1], size, document)
-    low, high = numbers["cache_gain_interval"]
-    gain = f"gain:{bpb[0] - bpb[1]:.6f} ({low:.4f} to {high:.4f})"
-    weights = " ".join(f"{name}:{weight:.3f}" for name, weight in mixture.weights.items())
-    line = f"ngram_cache: neural_bpb:{bpb[0]:.6f} cache_bpb:{bpb[1]:.6f} {gain} mean weights: {weights}"
-    log.event("cache", line, **numbers)
-    sums = [np.cumsum(values) for values in (*bits, size.clip(min=1e-9))]
-    for end in np.linspace(0, len(size), CURVE_POINTS + 1).astype(int)[1:] - 1:
-        alone, mixed, seen = (float(total[end]) for total in sums)
-        log.event("curve", "", tokens=int(end) + 1, neural_bpb=alone / seen, cache_bpb=mixed / seen)
-    return numbers
-
-
-def score_final(
-    logits, dataset: Dataset, settings: Settings, process: Process, log: Log
-) -> dict[str, object]:
-    """Score the validation split with the neural model and, if it is on, the exact cache; return all numbers.
-
-    Counting needs the tokens only and comes first: what it expects next, the model prices as well. Rank 0
-    mixes, so that the score does not depend on the number of ranks.
-    """
-    stride, known, proposals = settings.eval_stride, None, None
-    if settings.ngram_cache == "exact":
-        tokens = torch.from_numpy(dataset.val_tokens.astype(np.int32)).to(process.device)
-        known = recall(tokens, settings)
-        proposals = known.proposals
-    chunks = list(score_validation(logits, dataset, settings, stride, process, "score", proposals))
-    final = account(chunks, dataset, process)
-    if known is None:
-        return final._asdict()
-    logp, entropy, *proposed = hand_over(chunks, len(dataset.target_bytes), len(proposals), process)
-    prices, numbers = torch.zeros_like(logp), {}
-    if process.is_main:
-        mixture = mix_prices(tokens, known, logp, entropy, torch.stack(proposed), settings)
-        prices, numbers = mixture.logp, log_cache(logp, mixture, dataset, log)
-    process.sum(prices)
-    priced = (chunk._replace(logp=prices.index_select(0, chunk.positions)) for chunk in chunks)
-    return {**account(priced, dataset, process)._asdict(), **numbers}
 
 
 # ============================================================================================================
@@ -2672,6 +2626,7 @@ def pseudo_report(
 
 LOSS_LAG_STEPS = 2  # the host reads losses this many steps late: it never waits for the step it just queued
 RANK_0_SECONDS = 5  # other ranks wait so long with a failure: torchrun ends all once one has ended
+CURVE_POINTS = 64  # points of the curve of bits per byte against tokens seen
 RAW_TEXT_LIMIT = 8_000_000  # validation bytes up to which xz is run for comparison
 
 
@@ -2788,7 +2743,8 @@ def train(
         if finished or (settings.val_loss_every and step % settings.val_loss_every == 0):
             clock.stop()
             watch.drain()
-            chunks = score_validation(logits, dataset, settings, settings.window, process, "validate")
+            tokens, window = dataset.val_tokens, settings.window
+            chunks = score_stream(logits, tokens, settings, window, process, "validate")
             val = account(chunks, dataset, process)
             validation = {"val_loss": val.val_loss, "val_bpb": val.val_bpb}
             log.step("validation", step, total, clock.total_ms, **validation)
@@ -2841,6 +2797,69 @@ def xz_bits_per_byte(dataset: Dataset, log: Log) -> float | None:
     return xz_bpb
 
 
+def log_cache(neural: Tensor, mixture: Mixture, dataset: Dataset, log: Log) -> dict[str, object]:
+    """Log what the cache gained over the neural prices (N,): by document, by family, along the stream."""
+    bits = [-prices.double().cpu().numpy() / math.log(2) for prices in (neural, mixture.logp)]
+    size = dataset.target_bytes.astype(np.float64)
+    document = np.cumsum(dataset.val_tokens[:-1] == MARKER_ID)
+    document -= document[:1].sum()  # the first document is number 0, marker or not
+    bpb = [float(values.sum() / size.sum()) for values in bits]
+    numbers = {"neural_bpb": bpb[0], "cache_gain_bpb": bpb[0] - bpb[1], "cache_weights": mixture.weights}
+    numbers["cache_gain_interval"] = gain_interval(bits[0] - bits[1], size, document)
+    low, high = numbers["cache_gain_interval"]
+    gain = f"gain:{bpb[0] - bpb[1]:.6f} ({low:.4f} to {high:.4f})"
+    weights = " ".join(f"{name}:{weight:.3f}" for name, weight in mixture.weights.items())
+    line = f"ngram_cache: neural_bpb:{bpb[0]:.6f} cache_bpb:{bpb[1]:.6f} {gain} mean weights: {weights}"
+    log.event("cache", line, **numbers)
+    sums = [np.cumsum(values) for values in (*bits, size.clip(min=1e-9))]
+    for end in np.linspace(0, len(size), CURVE_POINTS + 1).astype(int)[1:] - 1:
+        alone, mixed, seen = (float(total[end]) for total in sums)
+        log.event("curve", "", tokens=int(end) + 1, neural_bpb=alone / seen, cache_bpb=mixed / seen)
+    return numbers
+
+
+def score_final(
+    logits, dataset: Dataset, settings: Settings, process: Process, log: Log
+) -> dict[str, object]:
+    """Score the validation split with the neural model and, if it is on, the exact cache; return all numbers.
+
+    Counting needs the tokens only and comes first: what it expects next, the model prices as well. Rank 0
+    mixes, so that the score does not depend on the number of ranks. A pseudo-score goes to the log only.
+    """
+    tokens, known, numbers = dataset.val_tokens, None, {}
+    ids = torch.from_numpy(tokens.astype(np.int32)).to(process.device)
+    if settings.ngram_cache == "exact":
+        known = recall(ids, settings)
+    proposals = known.proposals if known else ids.new_empty((0, len(ids) - 1))
+    chunks = list(score_stream(logits, tokens, settings, settings.eval_stride, process, "score", proposals))
+    final = account(chunks, dataset, process)
+    logp, entropy, *proposed = hand_over(chunks, len(ids) - 1, len(proposals), process)
+    if known:
+        prices = torch.zeros_like(logp)
+        if process.is_main:
+            mixture = mix_prices(ids, known, logp, entropy, torch.stack(proposed), settings)
+            prices, numbers = mixture.logp, log_cache(logp, mixture, dataset, log)
+        process.sum(prices)
+        priced = (chunk._replace(logp=prices.index_select(0, chunk.positions)) for chunk in chunks)
+        final = account(priced, dataset, process)
+    line = (
+        f"tokens:{final.tokens} bytes:{final.bytes} val_loss:{final.val_loss:.8f} val_bpb:{final.val_bpb:.8f}"
+    )
+    log.event(
+        "score",
+        f"final_score: window:{settings.window} stride:{settings.eval_stride} {line}",
+        **final._asdict(),
+    )
+    if settings.pseudo != "none":
+        at = pseudo_sample(len(ids) - 1, settings)
+        rows = score_sample(logits, tokens, at, settings, process).cpu().numpy()
+        if process.is_main:
+            streams = (part.cpu().numpy() for part in (logp, entropy))
+            line, pseudo = pseudo_report(tokens, *streams, dataset.target_bytes, settings, rows)
+            log.event("pseudo", line, **pseudo)
+    return {**final._asdict(), **numbers}
+
+
 def evaluate(
     artifact: Artifact, dataset: Dataset, settings: Settings, process: Process, log: Log, compiled: bool
 ) -> dict[str, object]:
@@ -2853,17 +2872,8 @@ def evaluate(
     logits = torch.compile(model.logits, dynamic=False) if compiled else model.logits
     final = score_final(logits, dataset, settings, process, log)
     clock.stop()
-    seconds = clock.total_ms / 1000
-    log.event(
-        "score",
-        f"final_score: window:{settings.window} stride:{settings.eval_stride} tokens:{final['tokens']} "
-        f"bytes:{final['bytes']} val_loss:{final['val_loss']:.8f} val_bpb:{final['val_bpb']:.8f} "
-        f"eval_time:{clock.total_ms:.0f}ms",
-        **final,
-        eval_seconds=seconds,
-    )
     reference = {"xz_bpb": xz_bits_per_byte(dataset, log)} if process.is_main else {}
-    return {**final, "eval_seconds": seconds, **reference}
+    return {**final, "eval_seconds": clock.total_ms / 1000, **reference}
 
 
 def log_start(settings: Settings, process: Process, log: Log) -> str:
@@ -2911,6 +2921,8 @@ def run(
     path = Path(settings.eval_only) if settings.eval_only else run_dir / "artifact.bin"
     dataset = load_dataset(settings, artifact.tokenizer if artifact else None)
     log_data(settings, dataset, log)
+    if settings.pseudo != "none":
+        pseudo_rule(settings.pseudo, settings)  # a rule that cannot run is refused before the work
     select_attention(settings, process, log)
     compiled = choose_compile(settings, process)
     numbers: dict[str, object] = {"steps": 0, "train_seconds": 0.0}

@@ -95,13 +95,10 @@ def bench_recipe(recipe: str, variables: dict[str, str], process: train_gpt.Proc
     windows = 4 * settings.val_batch_size // settings.micro_batch_slots // settings.window
     count = settings.window + windows * settings.eval_stride
     tokens = np.random.default_rng(0).integers(0, settings.vocab_size, count + 1).astype(np.uint16)
-    batch = settings.val_batch_size // settings.micro_batch_slots // settings.window
     logits = torch.compile(model.logits, dynamic=False) if compiled else model.logits
 
     def score():
-        stream = train_gpt.score_stream(
-            logits, tokens, settings.window, settings.eval_stride, batch, process, "score"
-        )
+        stream = train_gpt.score_stream(logits, tokens, settings, settings.eval_stride, process, "score")
         return sum(float(chunk.logp.sum()) for chunk in stream)
 
     score_seconds = median_seconds(process, 3, score)

@@ -58,14 +58,25 @@ def make_model(vocab_size=50, seq_len=16):
     return model
 
 
+def priced(logits, tokens, window, stride, batch, process):
+    """score_stream with `batch` windows of `window` tokens to a pass."""
+    size = {
+        "TRAIN_SEQ_LEN": str(window),
+        "VAL_BATCH_SIZE": str(2 * batch * window),
+        "EVAL_STRIDE": str(stride),
+    }
+    settings = Settings.from_env({"RECIPE": "smoke", "VOCAB_SIZE": "50", **size})
+    return score_stream(logits, tokens, settings, stride, process, "test")
+
+
 def collect(stream):
     """Concatenate a stream's chunks in order of position."""
     chunks = list(stream)
     if not chunks:
         return None
-    whole = ScoredChunk(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+    whole = ScoredChunk(*(torch.cat(parts, dim=-1) for parts in zip(*chunks, strict=True)))
     order = whole.positions.argsort()
-    return ScoredChunk(*(part[order] for part in whole))
+    return ScoredChunk(*(part[..., order] for part in whole))
 
 
 def one_by_one(model, tokens, seq_len, stride):
@@ -87,7 +98,7 @@ def one_by_one(model, tokens, seq_len, stride):
 def test_stream_equals_pricing_one_by_one(process, length, stride):
     model = make_model()
     tokens = np.random.default_rng(length).integers(0, 50, length).astype(np.uint16)
-    whole = collect(score_stream(model.logits, tokens, 16, stride, 3, process, "test"))
+    whole = collect(priced(model.logits, tokens, 16, stride, 3, process))
     prices, entropies = one_by_one(model, tokens, 16, stride)
     assert whole.positions.tolist() == list(range(length - 1))
     assert whole.targets.tolist() == tokens[1:].tolist()
@@ -96,19 +107,17 @@ def test_stream_equals_pricing_one_by_one(process, length, stride):
 
 
 def test_stream_of_one_token_is_empty(process):
-    assert (
-        collect(score_stream(make_model().logits, np.zeros(1, np.uint16), 16, 4, 3, process, "test")) is None
-    )
+    assert collect(priced(make_model().logits, np.zeros(1, np.uint16), 16, 4, 3, process)) is None
 
 
 def test_ranks_share_the_windows_and_change_nothing(process):
     model = make_model()
     tokens = np.random.default_rng(0).integers(0, 50, 200).astype(np.uint16)
-    whole = collect(score_stream(model.logits, tokens, 16, 4, 5, process, "test"))
+    whole = collect(priced(model.logits, tokens, 16, 4, 5, process))
     shares = []
     for rank in range(3):
         share = train_gpt.Process(rank, 3, torch.device("cpu"))
-        shares += list(score_stream(model.logits, tokens, 16, 4, 5, share, "test"))
+        shares += list(priced(model.logits, tokens, 16, 4, 5, share))
     together = collect(shares)
     assert together.positions.equal(whole.positions)
     assert (together.logp - whole.logp).abs().max() < 1e-6
@@ -117,11 +126,11 @@ def test_ranks_share_the_windows_and_change_nothing(process):
 def test_later_tokens_change_no_earlier_price(process):
     model = make_model()
     tokens = np.random.default_rng(1).integers(0, 50, 90).astype(np.uint16)
-    before = collect(score_stream(model.logits, tokens, 16, 4, 5, process, "test")).logp
+    before = collect(priced(model.logits, tokens, 16, 4, 5, process)).logp
     for t in (1, 30, 47, 89):
         changed = tokens.copy()
         changed[t:] = (changed[t:] + 7) % 50
-        after = collect(score_stream(model.logits, changed, 16, 4, 5, process, "test")).logp
+        after = collect(priced(model.logits, changed, 16, 4, 5, process)).logp
         assert after[: t - 1].equal(before[: t - 1])
         assert not after[t - 1 :].equal(before[t - 1 :])
 
@@ -134,7 +143,7 @@ def test_uniform_model_scores_exactly_log2_of_the_vocabulary(process):
 
     tokens = np.random.default_rng(2).integers(0, 64, 1001).astype(np.uint16)
     ledger = Ledger(np.full(1000, 3), process)
-    for chunk in score_stream(uniform, tokens, 32, 8, 4, process, "test"):
+    for chunk in priced(uniform, tokens, 32, 8, 4, process):
         ledger.add(chunk)
         assert chunk.entropy.tolist() == pytest.approx([math.log(64)] * len(chunk.entropy), rel=1e-6)
     score = ledger.close()
@@ -144,7 +153,7 @@ def test_uniform_model_scores_exactly_log2_of_the_vocabulary(process):
 
 def chunk_of(positions, logp):
     positions, logp = torch.tensor(positions), torch.tensor(logp)
-    return ScoredChunk(positions, torch.zeros_like(positions), logp, torch.zeros_like(logp))
+    return ScoredChunk(positions, torch.zeros_like(positions), logp, torch.zeros_like(logp), logp[None][:0])
 
 
 def test_a_figure_worked_by_hand(process):
@@ -192,7 +201,7 @@ def test_a_plan_that_skips_or_repeats_is_caught(process, monkeypatch):
     def total_with(bad):
         monkeypatch.setattr(train_gpt, "plan_windows", lambda *_: bad)
         ledger = Ledger(np.ones(49), process)
-        for chunk in score_stream(model.logits, tokens, 16, 4, 5, process, "test"):
+        for chunk in priced(model.logits, tokens, 16, 4, 5, process):
             ledger.add(chunk)
         return ledger.close()
 
@@ -221,5 +230,5 @@ def test_float64_sums_of_many_small_prices(process):
     price = torch.full((1_000_000,), -0.1)
     for first in range(0, 10_000_000, 1_000_000):
         positions = torch.arange(first, first + 1_000_000)
-        ledger.add(ScoredChunk(positions, positions, price, price))
+        ledger.add(ScoredChunk(positions, positions, price, price, price[None][:0]))
     assert ledger.close().val_loss == pytest.approx(float(-price[0].double()), rel=1e-12)

@@ -1994,12 +1994,9 @@ class Counts(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """Counts of one family and what else its line of equal contexts shows; all (N,) int32."""
+    """Counts of one family, and what else its line of equal contexts shows; (N,) int32."""
 
-    full: Tensor
-    context: Tensor
-    distinct: Tensor
-    last: Tensor
+    counts: Counts
     hits: Tensor  # how often the context's last continuation came again
     age: Tensor  # tokens since the context's last occurrence, 0 if there is none
 
@@ -2086,7 +2083,8 @@ def count_line(line: Line, extended: Line, tokens: Tensor) -> Evidence:
     last = torch.full_like(blank, -1).index_copy_(0, target, before.where(known, -1))
     age = spread(((target - target.roll(1)) * known).int())
     new = full.index_select(0, target) == 0
-    return Evidence(full, spread(seen), earlier(new), last, earlier((token == before) & known), age)
+    counts = Counts(full, spread(seen), earlier(new), last)
+    return Evidence(counts, earlier((token == before) & known), age)
 
 
 def count_lines(tokens: Tensor, top: int, vocab_size: int) -> Iterator[tuple[int, Line, Line]]:
@@ -2110,7 +2108,7 @@ def count_orders(tokens: Tensor, orders, vocab_size: int) -> Iterator[tuple[int,
         raise SettingError(f"orders={sorted(wanted)} must be 2 at least; a context has one token or more")
     for order, line, extended in count_lines(tokens, max(wanted, default=0), vocab_size):
         if order in wanted:
-            yield order, Counts(*count_line(line, extended, tokens)[:4])
+            yield order, count_line(line, extended, tokens).counts
 
 
 def exact_counts(tokens: Tensor, order: int, vocab_size: int) -> Counts:
@@ -2151,10 +2149,10 @@ def encode_evidence(evidence: Evidence, neighbour: Tensor, log_code: Tensor) -> 
     Logarithms of count, distinct continuations and age; seen once; how often the last continuation was right;
     whether it is the `neighbour`'s too. `log_code` (N + 1,) uint8 is the table of logarithms.
     """
-    seen, known = evidence.context, evidence.context > 0
-    logs = [log_code.index_select(0, number) for number in (seen, evidence.distinct, evidence.age)]
+    _, seen, distinct, last = evidence.counts
+    logs = [log_code.index_select(0, number) for number in (seen, distinct, evidence.age)]
     hits = (CODE_ONE * evidence.hits.long() + seen // 2) // seen.clamp(min=1)
-    flags = (CODE_ONE * (seen == 1), hits, CODE_ONE * (known & (evidence.last == neighbour)))
+    flags = (CODE_ONE * (seen == 1), hits, CODE_ONE * ((seen > 0) & (last == neighbour)))
     return torch.stack(logs + [flag.to(torch.uint8) for flag in flags])
 
 
@@ -2168,17 +2166,17 @@ def recall(tokens: Tensor, settings: Settings) -> Recall:
     longest = torch.full((total,), settings.vocab_size, dtype=torch.int32, device=tokens.device)
     neighbour = torch.full_like(longest, -1)
     for name, evidence in count_families(tokens, settings):
-        known = evidence.context > 0
+        full, context, _, last = evidence.counts
         names.append(name)
         codes.append(encode_evidence(evidence, neighbour, log_code))
-        share.append(evidence.full / evidence.context.clamp(min=1))
-        right.append(evidence.last == tokens[1:])
-        neighbour = evidence.last
+        share.append(full / context.clamp(min=1))
+        right.append(last == tokens[1:])
         if name in PROPOSERS:
-            proposals.append(torch.where(known, evidence.last, settings.vocab_size))
+            proposals.append(last.where(context > 0, settings.vocab_size))
         if name.startswith("order"):
-            longest = torch.where(known, evidence.last, longest)
-        del evidence  # before the next family is counted: it is large
+            longest = last.where(context > 0, longest)
+        neighbour = last
+        del evidence, full, context, last  # large, and the next family is counted before they are replaced
     return Recall(names, codes, share, right, torch.stack([longest, *proposals]))
 
 
@@ -2791,9 +2789,8 @@ def xz_bits_per_byte(dataset: Dataset, log: Log) -> float | None:
         return None
     text = dataset.tokenizer.decode(dataset.val_tokens.tolist())
     xz_bpb = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
-    log.event(
-        "reference", f"reference: xz -9e on the same {len(text)} bytes: {xz_bpb:.4f} bpb", xz_bpb=xz_bpb
-    )
+    line = f"reference: xz -9e on the same {len(text)} bytes: {xz_bpb:.4f} bpb"
+    log.event("reference", line, xz_bpb=xz_bpb)
     return xz_bpb
 
 
@@ -2842,14 +2839,11 @@ def score_final(
         process.sum(prices)
         priced = (chunk._replace(logp=prices.index_select(0, chunk.positions)) for chunk in chunks)
         final = account(priced, dataset, process)
-    line = (
-        f"tokens:{final.tokens} bytes:{final.bytes} val_loss:{final.val_loss:.8f} val_bpb:{final.val_bpb:.8f}"
+    shape = (
+        f"window:{settings.window} stride:{settings.eval_stride} tokens:{final.tokens} bytes:{final.bytes}"
     )
-    log.event(
-        "score",
-        f"final_score: window:{settings.window} stride:{settings.eval_stride} {line}",
-        **final._asdict(),
-    )
+    line = f"final_score: {shape} val_loss:{final.val_loss:.8f} val_bpb:{final.val_bpb:.8f}"
+    log.event("score", line, **final._asdict())
     if settings.pseudo != "none":
         at = pseudo_sample(len(ids) - 1, settings)
         rows = score_sample(logits, tokens, at, settings, process).cpu().numpy()
@@ -2879,16 +2873,12 @@ def evaluate(
 def log_start(settings: Settings, process: Process, log: Log) -> str:
     """Log what a reader needs to repeat the run; return the SHA-256 of this script."""
     changed = " ".join(f"{name}={value}" for name, value in settings.changed().items())
-    log.event(
-        "settings",
-        f"settings that differ from the defaults: {changed or 'none'}",
-        **dataclasses.asdict(settings),
-    )
+    line = f"settings that differ from the defaults: {changed or 'none'}"
+    log.event("settings", line, **dataclasses.asdict(settings))
     cuda, sha256 = process.device.type == "cuda", file_sha256(Path(__file__))
     device = torch.cuda.get_device_name() if cuda else f"cpu with {torch.get_num_threads()} threads"
-    log.line(
-        f"torch:{torch.__version__} python:{platform.python_version()} device:{device} script_sha256:{sha256}"
-    )
+    versions = f"torch:{torch.__version__} python:{platform.python_version()}"
+    log.line(f"{versions} device:{device} script_sha256:{sha256}")
     slots = settings.micro_batch_slots // process.world_size
     log.line(f"world_size:{process.world_size} grad_accum_steps:{slots} seed:{settings.seed}")
     return sha256
@@ -2938,24 +2928,16 @@ def run(
         artifact = read_artifact(path)
     if artifact.tokenizer_sha256 != dataset.tokenizer.sha256:
         raise DataError(f"TOKENIZER_PATH={settings.tokenizer_path}: {path} was made with another; set that")
-    code_bytes, limit = Path(__file__).stat().st_size, settings.artifact_limit_bytes
-    sizes = {
-        "artifact_bytes": artifact.size,
-        "code_bytes": code_bytes,
-        "total_bytes": artifact.size + code_bytes,
-    }
-    line = f"weights:{artifact.size} code:{code_bytes} total:{sizes['total_bytes']} limit:{limit} bytes"
+    code, limit = Path(__file__).stat().st_size, settings.artifact_limit_bytes
+    sizes = {"artifact_bytes": artifact.size, "code_bytes": code, "total_bytes": artifact.size + code}
+    line = f"weights:{artifact.size} code:{code} total:{sizes['total_bytes']} limit:{limit} bytes"
     log.event("artifact", f"artifact:{path} {line}", **sizes)
     final = evaluate(artifact, dataset, settings, process, log, compiled)
     hashes = {**dataset.hashes, "artifact_sha256": artifact.sha256, "script_sha256": script_sha256}
     result = {**final, **numbers, **sizes, "hashes": hashes}
-    log.event(
-        "result",
-        f"final val_bpb:{result['val_bpb']:.8f} val_loss:{result['val_loss']:.8f} "
-        f"artifact_bytes:{artifact.size} train_seconds:{result['train_seconds']:.1f} "
-        f"eval_seconds:{result['eval_seconds']:.1f}",
-        **result,
-    )
+    seconds = f"train_seconds:{result['train_seconds']:.1f} eval_seconds:{result['eval_seconds']:.1f}"
+    score = f"val_bpb:{result['val_bpb']:.8f} val_loss:{result['val_loss']:.8f}"
+    log.event("result", f"final {score} artifact_bytes:{artifact.size} {seconds}", **result)
     return result
 
 
@@ -2991,9 +2973,8 @@ def run_and_record(settings: Settings, process: Process, notes: list[str], artif
         record |= run(settings, process, run_dir, log, artifact)
         total, limit = record["total_bytes"], settings.artifact_limit_bytes
         if total > limit:
-            raise SizeError(
-                f"{total} bytes of code and weights, over ARTIFACT_LIMIT_BYTES={limit}; shrink it"
-            )
+            text = f"{total} bytes of code and weights, over ARTIFACT_LIMIT_BYTES={limit}"
+            raise SizeError(f"{text}; shrink it")
     except BaseException as error:
         record["exit_code"], record["error"] = failure_of(error)
         if record["exit_code"] == 1:

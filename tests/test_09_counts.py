@@ -116,7 +116,10 @@ def test_counts_of_all_targets_add_up_to_the_contexts():
 
 
 def families_of(tokens, settings):
-    return {name: torch.stack(evidence) for name, evidence in count_families(tokens, settings)}
+    return {
+        name: torch.stack((*evidence.counts, evidence.hits, evidence.age))
+        for name, evidence in count_families(tokens, settings)
+    }
 
 
 def test_families_are_those_of_the_dictionary():

@@ -3,7 +3,9 @@
 A stream is tokens and, for each target, a neural model's log-probability and entropy; the folder's README
 says where they come from. The constants of the cache were chosen on mix_tune; fineweb_val is only measured.
 Writes records/streams.json: the default, parts switched off or changed, and what general-purpose compressors
-make of the same text; `records/report.py` makes the table.
+make of the same text. Then #864's hashed rule with tables of 2**16 to 2**28 buckets, on fineweb_val and on a
+longer made-up stream: pseudo-score, what its probabilities sum to, bits per byte after division by that sum,
+and the exact cache beside them. `records/report.py` makes the tables and the picture.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import torch
 
 RECORDS = Path(__file__).resolve().parent
 ROOT = RECORDS.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(RECORDS)]
+import bench  # noqa: E402
+
 import train_gpt  # noqa: E402
 
 # What differs from the defaults, by name.
@@ -45,6 +49,11 @@ STREAMS = {
     "mix_tune": (879_686, tuple(VARIANTS)),
     "fineweb_val": (2_504_867, ("default", "nothing by document")),
 }
+
+
+BUCKETS = tuple(2**power for power in range(16, 29, 2))
+SAMPLE = "2000"  # targets at which probabilities are summed over the vocabulary
+LONG = 2**21  # targets of the made-up stream
 
 
 def compressors(text: bytes) -> dict[str, float]:
@@ -80,6 +89,31 @@ def measure(folder: Path, name: str) -> dict[str, object]:
     return figures
 
 
+def long_stream() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a made-up stream: tokens, and log-probability and entropy under their exact frequencies."""
+    tokens = bench.repetitive_tokens(LONG + 1)
+    edges = torch.arange(1, 1026, dtype=torch.float64).log() / math.log(1024)
+    frequency = edges.diff()[:1023] / edges[1023]
+    logp = frequency.log()[tokens[1:].long()].float()
+    return tokens, logp, torch.full_like(logp, float(-(frequency * frequency.log()).sum()))
+
+
+def sweep(tokens: torch.Tensor, logp: torch.Tensor, entropy: torch.Tensor, size: int) -> dict[str, object]:
+    """Return #864's figures by number of buckets, and the exact cache's; `size` is the bytes of the text."""
+    exact = train_gpt.mix_stream(tokens, logp, entropy, train_gpt.Settings(tokenizer_path="/none"))
+    figures = {"exact": -float(exact.double().sum()) / math.log(2) / size, "rows": []}
+    figures |= {"tokens": len(logp), "neural": -float(logp.double().sum()) / math.log(2) / size}
+    target_bytes = np.full(len(logp), size / len(logp))
+    for buckets in BUCKETS:
+        variables = {"PSEUDO": "pr864", "NGRAM_BUCKETS": str(buckets), "PSEUDO_SAMPLE": SAMPLE}
+        settings = train_gpt.Settings.from_env(variables)
+        arrays = (part.numpy() for part in (tokens, logp, entropy))
+        line, numbers = train_gpt.pseudo_report(*arrays, target_bytes, settings)
+        figures["rows"].append({"buckets": buckets, **numbers})
+        print(f"buckets {buckets}: {line}", flush=True)
+    return figures
+
+
 def main() -> int:
     """Measure every stream and write the JSON file."""
     folder = os.environ.get("SAMPLE_DATA")
@@ -88,6 +122,11 @@ def main() -> int:
         return 2
     report = {"streams": {name: measure(Path(folder), name) for name in STREAMS}}
     report["variables"] = VARIANTS
+    tokens = np.fromfile(Path(folder) / "fineweb_val_000000.bin", "<u2", offset=1024).astype(np.int32)
+    neural = np.load(Path(folder) / "fineweb_val_neural.npz")
+    recorded = (torch.from_numpy(neural[key]) for key in ("logp", "entropy"))
+    report["buckets"] = {"fineweb_val": sweep(torch.from_numpy(tokens), *recorded, STREAMS["fineweb_val"][0])}
+    report["buckets"]["made-up"] = sweep(*long_stream(), LONG)
     train_gpt.write_atomically(RECORDS / "streams.json", (json.dumps(report, indent=2) + "\n").encode())
     return 0
 

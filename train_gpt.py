@@ -1837,9 +1837,8 @@ def plan_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
     opening = min(seq_len, total)
     stops = np.concatenate(([opening], np.arange(opening + stride, total + stride, stride).clip(max=total)))
     stops = stops[: 1 + -(-(total - opening) // stride)].astype(np.int64)
-    firsts = np.concatenate(([0], stops[:-1]))
-    starts = np.maximum(stops - seq_len, 0)
-    return np.stack((starts, firsts, stops), axis=1)[: len(stops) if total else 0]
+    plan = np.stack((np.maximum(stops - seq_len, 0), np.concatenate(([0], stops[:-1])), stops), axis=1)
+    return plan[: len(stops) if total else 0]
 
 
 class ScoredChunk(NamedTuple):
@@ -1860,9 +1859,8 @@ def score_windows(
     `logits(ids, last)` is GPT.logits or its compiled twin. Every pass has one of two shapes: opening
     windows hand out all positions, later ones the last few; short batches are padded with unread windows.
     """
-    seq_len = settings.window
+    seq_len, priced = settings.window, plan[:, 2] - plan[:, 1]
     batch = settings.val_batch_size // settings.micro_batch_slots // seq_len
-    priced = plan[:, 2] - plan[:, 1]
     later = int(priced[plan[:, 1] > 0].max(initial=1))
     opens = (plan[:, 1] == 0) | (later == seq_len)
     with process.progress(len(plan), label) as bar:
@@ -1875,12 +1873,12 @@ def score_windows(
                 ids = np.concatenate((ids, np.zeros((rows - len(ids), seq_len), np.int32)))
                 kept = inputs[:, seq_len - last :]
                 wanted = np.flatnonzero((kept >= first) & (kept < stop))
+                arrays = (ids, wanted, kept.reshape(-1)[wanted])
+                inputs, picked, positions = (torch.from_numpy(x).to(process.device) for x in arrays)
                 with torch.inference_mode(), process.precision():
-                    scores = logits(torch.from_numpy(ids).to(process.device).long(), last).flatten(0, 1)
-                    scores = scores.index_select(0, torch.from_numpy(wanted).to(process.device)).log_softmax(
-                        -1
-                    )
-                yield torch.from_numpy(kept.reshape(-1)[wanted]).to(process.device), scores
+                    scores = logits(inputs.long(), last).flatten(0, 1).index_select(0, picked)
+                    scores = scores.log_softmax(dim=-1)
+                yield positions, scores
                 bar.update(len(start))
 
 
@@ -1952,9 +1950,8 @@ class Ledger:
         total, wrong = len(times_priced), int((times_priced != 1).sum())
         # A counter wraps at 256 repeats; the number of prices does not.
         if wrong or prices != total:
-            raise DataError(
-                f"{wrong or 'some'} of {total} targets were not priced exactly once; mend the plan"
-            )
+            rule = "targets were not priced exactly once"
+            raise DataError(f"{wrong or 'some'} of {total} {rule}; mend the plan")
         if not math.isfinite(nats):
             raise NonFiniteError(f"the score is {nats} nats; the artifact's weights are unusable, train anew")
         if self.bytes == 0:

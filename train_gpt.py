@@ -2047,9 +2047,8 @@ def extend_line(line: Line, tokens: Tensor, vocab_size: int) -> Line:
     """Return the line of (context, target) pairs: what a context plus its target is the context of next."""
     half = len(line.first) // 2
     cut = half + int(line.first[half:].int().argmax()) if half else 0
-    cut = cut if half and line.first[cut] else 0
     group = (line.first.cumsum(0) - 1) * vocab_size + tokens.index_select(0, line.target + 1)
-    return line_up(group, line.target, cut)
+    return line_up(group, line.target, cut if half and line.first[cut] else 0)
 
 
 def within(line: Line, segment: Tensor) -> Line:
@@ -2087,8 +2086,8 @@ def count_line(line: Line, extended: Line, tokens: Tensor) -> Evidence:
 def count_lines(tokens: Tensor, top: int, vocab_size: int) -> Iterator[tuple[int, Line, Line]]:
     """Yield (order, line, extended line) for the orders 2 ... top of `tokens` (N + 1,), shortest first.
 
-    The line of order n holds the contexts of n - 1 tokens; sorted by the token that follows it becomes that
-    of order n + 1. Contexts that occur once have no evidence and leave: long orders cost next to nothing.
+    Sorted by the token that follows, the line of order n becomes that of order n + 1. Contexts that occur
+    once have no evidence and leave: long orders cost next to nothing.
     """
     total = max(len(tokens) - 1, 0)
     extended = line_up(tokens.long(), torch.arange(len(tokens), device=tokens.device))
@@ -2143,8 +2142,8 @@ class Recall(NamedTuple):
 def encode_evidence(evidence: Evidence, neighbour: Tensor, log_code: Tensor) -> Tensor:
     """Return the codes of a family, (6, N) uint8; each is known before the target is.
 
-    Logarithms of count, distinct continuations and age; seen once; how often the last continuation was right;
-    whether it is the `neighbour`'s too. `log_code` (N + 1,) uint8 is the table of logarithms.
+    Logarithms (by the table `log_code` (N + 1,) uint8) of count, distinct continuations and age; seen once;
+    how often the last continuation was right; whether it is the `neighbour`'s too.
     """
     _, seen, distinct, last = evidence.counts
     logs = [log_code.index_select(0, number) for number in (seen, distinct, evidence.age)]
@@ -2257,7 +2256,7 @@ class Gate:
 def plan_chunks(total: int, most: int) -> Iterator[tuple[int, int]]:
     """Yield (begin, end) of the chunks of `total` targets: a quarter of what is known, `most` at most.
 
-    In a long stream a chunk is a 4,096th of what is known: the gate has settled, updates get rare.
+    In a long stream a chunk is a 4,096th of what is known: the gate has settled.
     """
     begin = 0
     while begin < total:
@@ -2269,8 +2268,7 @@ def plan_chunks(total: int, most: int) -> Iterator[tuple[int, int]]:
 def shared_features(logp: Tensor, entropy: Tensor, proposed: Tensor | None) -> Tensor:
     """Return the features that no family owns, (features, N) float32.
 
-    One, entropy, prices of earlier targets (`logp` (N,) is seen one target late at least), and `proposed`
-    (K, N), the neural log-probabilities of proposals.
+    One, entropy, prices of earlier targets (`logp` (N,), one target late at least), proposals (K, N).
     """
     late = [F.pad(logp, (lag, 0))[: len(logp)] / 4 for lag in (1, 2, 3)]
     sums = F.pad(logp.double().cumsum(0), (RECENT + 1, 0))
@@ -2282,8 +2280,7 @@ def shared_features(logp: Tensor, entropy: Tensor, proposed: Tensor | None) -> T
 def never_worse(logp: Tensor, gated: Tensor) -> Tensor:
     """Return the prices (N,) float32 of the Bayesian mixture of the neural model and the gated mixture.
 
-    Prior one half each, posterior from the targets before, in float64: over any stream the price is at most
-    log 2, one bit, above the neural model's.
+    Prior one half each, posterior from earlier targets: no stream costs over log 2, one bit, more.
     """
     neural = logp.double()
     lead = (gated - neural).cumsum(0) - (gated - neural)  # of the gate, over all targets before
@@ -2298,30 +2295,21 @@ class Mixture(NamedTuple):
 
 
 def mix_prices(
-    tokens: Tensor,
-    known: Recall,
-    logp: Tensor,
-    entropy: Tensor,
-    proposed: Tensor | None,
-    settings: Settings,
+    tokens: Tensor, known: Recall, logp: Tensor, entropy: Tensor, proposed: Tensor | None, settings: Settings
 ) -> Mixture:
     """Price all targets of `tokens` (N + 1,) left to right; price a chunk, then learn from it.
 
-    `logp`, `entropy` (N,) float32 of the neural model; `proposed` (K, N) its log-probabilities at
-    known.proposals, if at hand.
+    `logp`, `entropy` (N,) float32 of the neural model; `proposed` (K, N): its view of known.proposals.
     """
     shared, total, families = shared_features(logp, entropy, proposed), len(logp), len(known.names)
-    vocab_rows = min(settings.vocab_size + 1, EMBED_ROWS)
-    network = Gate(6 * families + len(shared), 1 + 2 * families, settings, logp.device)
-    usage = torch.zeros(1 + 2 * families, device=logp.device)
+    vocab_rows, experts = min(settings.vocab_size + 1, EMBED_ROWS), 1 + 2 * families
+    network = Gate(6 * families + len(shared), experts, settings, logp.device)
+    usage, neural = torch.zeros(experts, device=logp.device), logp.exp()
     gated = torch.empty(total, dtype=torch.float64, device=logp.device)
-    neural = logp.exp()
     for begin, end in plan_chunks(total, settings.cache_chunk_tokens):
         part = slice(begin, end)
         codes = torch.cat([code[:, part] for code in known.codes])
-        masked = (codes[::6] == 0).repeat(2, 1)
-        if settings.cache_lr == 0:
-            masked.fill_(True)
+        masked = ((codes[::6] == 0) | (settings.cache_lr == 0)).repeat(2, 1)
         prices = torch.stack([neural[part]] + [x[part].float() for x in known.share + known.right])
         features = torch.cat([codes.float() / CODE_ONE, shared[:, part]])
         rows = torch.stack([tokens[part], known.proposals[0, part]]).long() % vocab_rows
@@ -2331,8 +2319,7 @@ def mix_prices(
         weights = forward[1].double()
         cache = (weights[1:] * prices[1:]).sum(dim=0).log()
         gated[part] = torch.logaddexp(weights[0].log() + logp[part], cache) - weights.sum(dim=0).log()
-        if settings.cache_lr:
-            network.learn(chunk, forward)
+        network.learn(chunk, forward)
     usage = (usage / max(total, 1)).tolist()
     pairs = zip(known.names, usage[1 : 1 + families], usage[1 + families :], strict=True)
     return Mixture(never_worse(logp, gated), {"neural": usage[0], **{name: a + b for name, a, b in pairs}})
@@ -2817,8 +2804,8 @@ def score_final(
 ) -> dict[str, object]:
     """Score the validation split with the neural model and, if it is on, the exact cache; return all numbers.
 
-    Counting needs the tokens only and comes first: what it expects next, the model prices as well. Rank 0
-    mixes, so that the score does not depend on the number of ranks. A pseudo-score goes to the log only.
+    Counting needs only tokens and comes first: what it expects, the model prices as well. Rank 0 mixes, so
+    the score does not depend on the number of ranks. A pseudo-score goes to the log only.
     """
     tokens, known, numbers = dataset.val_tokens, None, {}
     ids = torch.from_numpy(tokens.astype(np.int32)).to(process.device)

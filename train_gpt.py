@@ -108,40 +108,30 @@ class NonFiniteError(RunError):
 
 
 # What the five reference submissions share; the four with 11 layers; 890, 779 and 834; the last two.
-REFERENCE = """
-    TRAIN_SEQ_LEN=2048 WARMDOWN_ITERS=3500 TIED_EMBED_LR=0.035 MATRIX_LR=0.025 SCALAR_LR=0.025
+REFERENCE = """TRAIN_SEQ_LEN=2048 WARMDOWN_ITERS=3500 TIED_EMBED_LR=0.035 MATRIX_LR=0.025 SCALAR_LR=0.025
     MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500
-    MUON_WD=0.04 ADAM_WD=0.04 QUANT_SEARCH=1 QUANT_SCALE_FLOOR=1 FP16_MAX_NUMEL=65536
-"""
-ELEVEN = f"""{REFERENCE}
-    NUM_LAYERS=11 MLP_ACTIVATION=leaky2 ROPE_DIMS=16 ROPE_NTK_LENGTH=1024 SMEAR_GATE=half GRAD_CLIP_NORM=0.3
-    TRAIN_BATCH_TOKENS=786432 VAL_LOSS_EVERY=4000 TRAIN_LOG_EVERY=500 AVERAGE=best
-"""
-WIDE = f"""{ELEVEN}
-    NUM_KV_HEADS=8 MLP_MULT=3.5 LN_SCALE=norm VE_LAYERS=9,10 XSA_LAST_N=11 MATRIX_INIT=scaled
-    QAT_START=scale:0.5 MATRIX_BITS=5
-"""
+    MUON_WD=0.04 ADAM_WD=0.04 QUANT_SEARCH=1 QUANT_SCALE_FLOOR=1 FP16_MAX_NUMEL=65536"""
+ELEVEN = f"""{REFERENCE} NUM_LAYERS=11 MLP_ACTIVATION=leaky2 ROPE_DIMS=16 ROPE_NTK_LENGTH=1024 SMEAR_GATE=half
+    GRAD_CLIP_NORM=0.3 TRAIN_BATCH_TOKENS=786432 VAL_LOSS_EVERY=4000 TRAIN_LOG_EVERY=500 AVERAGE=best"""
+WIDE = f"""{ELEVEN} NUM_KV_HEADS=8 MLP_MULT=3.5 LN_SCALE=norm VE_LAYERS=9,10 XSA_LAST_N=11
+    MATRIX_INIT=scaled QAT_START=scale:0.5 MATRIX_BITS=5"""
 PRUNED = f"{WIDE} BIGRAM_VOCAB_SIZE=6144 MAX_WALLCLOCK_SECONDS=582 PRUNE_PCT=0.08 CROWN_Q_LAMBDA=0.01"
 # Recipes are written as a person would type them; several variables to a line, blanks between, the last wins.
 RECIPES = {
     # The contest's 9-layer baseline, 17,059,912 parameters: every default.
     "baseline": "",
     # Two CPU cores, two minutes on the standard library's source; records/README.md says what was tried.
-    "cpu": """
-        DATA_PATH=./data/datasets/stdlib TOKENIZER_PATH=./data/datasets/stdlib/tokenizer.model
+    "cpu": """DATA_PATH=./data/datasets/stdlib TOKENIZER_PATH=./data/datasets/stdlib/tokenizer.model
         VOCAB_SIZE=4000 NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=2 NUM_KV_HEADS=2 LOGIT_SOFTCAP=0
         ITERATIONS=100000 MAX_WALLCLOCK_SECONDS=120 WARMUP_STEPS=2 WARMDOWN_ITERS=320
         TRAIN_BATCH_TOKENS=4096 TRAIN_SEQ_LEN=256 MICRO_BATCH_SLOTS=2 DATA_LANES=32
         TIED_EMBED_LR=0.02 MATRIX_LR=0.02 SCALAR_LR=0.02 MUON_MOMENTUM=0.85 EMA_DECAY=0.98
-        TRAIN_LOG_EVERY=10 VAL_LOSS_EVERY=0 VAL_BATCH_SIZE=8192
-    """,
+        TRAIN_LOG_EVERY=10 VAL_LOSS_EVERY=0 VAL_BATCH_SIZE=8192""",
     # Seconds, for tests: every stage runs, nothing is learned worth having.
-    "smoke": """
-        VOCAB_SIZE=384 NUM_LAYERS=3 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2
+    "smoke": """VOCAB_SIZE=384 NUM_LAYERS=3 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2
         ITERATIONS=4 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=1 WARMDOWN_ITERS=2
         TRAIN_BATCH_TOKENS=512 TRAIN_SEQ_LEN=32 MICRO_BATCH_SLOTS=2 DATA_LANES=4
-        TRAIN_LOG_EVERY=2 VAL_LOSS_EVERY=2 VAL_BATCH_SIZE=1024 EVAL_STRIDE=8 EMA_DECAY=0.8
-    """,
+        TRAIN_LOG_EVERY=2 VAL_LOSS_EVERY=2 VAL_BATCH_SIZE=1024 EVAL_STRIDE=8 EMA_DECAY=0.8""",
     # The five reference submissions, by pull request of openai/parameter-golf: what their code does, not what
     # their READMEs say. Repaired where the code never acted: quantization-aware training (the compiler had
     # folded its switch away, or no weight passed through it) acts, uses the exporter's own quantizer and
@@ -150,54 +140,45 @@ RECIPES = {
     # clipped is global (864: local). 779's and 834's READMEs name a value residual and gated attention, their
     # code has neither. Gains are stored as float32 (890, 779, 834: float16), percentiles searched per row.
     "pr890": f"{WIDE} BIGRAM_VOCAB_SIZE=4096 EVAL_STRIDE=32",
-    "pr810": f"""{REFERENCE}
-        NUM_LAYERS=10 MLP_MULT=3 SMEAR_GATE=twentieth BIGRAM_VOCAB_SIZE=2048 BIGRAM_HASH=linear XSA_LAST_N=4
-        PRE_ENRICH_DIM=768 UNET_LONGER_HALF=encoder EMBED_INIT=overtone MUON_SCOPE=lookup MUON_WD_ORDER=after
-        AVERAGE=mean QAT_START=step0 MATRIX_BITS=6 LOOKUP_BITS=6 EMBED_BITS=16 COMPRESSOR=lzma
-    """,
+    "pr810": f"""{REFERENCE} NUM_LAYERS=10 MLP_MULT=3 SMEAR_GATE=twentieth BIGRAM_VOCAB_SIZE=2048
+        BIGRAM_HASH=linear XSA_LAST_N=4 PRE_ENRICH_DIM=768 UNET_LONGER_HALF=encoder EMBED_INIT=overtone
+        MUON_SCOPE=lookup MUON_WD_ORDER=after AVERAGE=mean QAT_START=step0 MATRIX_BITS=6 LOOKUP_BITS=6
+        EMBED_BITS=16 COMPRESSOR=lzma""",
     # Both leave 18 seconds of the clock to the export.
     "pr779": PRUNED,
     # Its learned gate head, 3,591 parameters more, belongs to its n-gram rule.
     "pr834": PRUNED,
     # BIGRAM_VOCAB_SIZE=1536 is the model of its seeds 42 and 2024. The first block's value-residual weights,
     # which nothing read, act: that block mixes its values with themselves.
-    "pr864": f"""{ELEVEN}
-        MLP_MULT=3 BIGRAM_VOCAB_SIZE=1024 XSA_LAST_N=4 VALUE_RESIDUAL=1 GATED_ATTN=1 MATRIX_INIT=orthogonal
-        PARALLEL_MUON=1 MUON_SCOPE=matrix SWA_SOURCE=ema QAT_START=time:0.85 MATRIX_BITS=6 LOOKUP_BITS=6
-        EMBED_BITS=16
-    """,
+    "pr864": f"""{ELEVEN} MLP_MULT=3 BIGRAM_VOCAB_SIZE=1024 XSA_LAST_N=4 VALUE_RESIDUAL=1 GATED_ATTN=1
+        MATRIX_INIT=orthogonal PARALLEL_MUON=1 MUON_SCOPE=matrix SWA_SOURCE=ema QAT_START=time:0.85
+        MATRIX_BITS=6 LOOKUP_BITS=6 EMBED_BITS=16""",
 }
 
-# Names of other submissions for what has one name here, old:new, and names that no submission ever read.
-RENAMED = """
-    LEAKY_RELU:MLP_ACTIVATION MLP_MULT_ENCODER:MLP_MULT MLP_MULT_DECODER:MLP_MULT VE_ENABLED:VE_LAYERS
-    USE_BIGRAMHASH:BIGRAM_VOCAB_SIZE USE_SMEARGATE:SMEAR_GATE USE_VALUE_RESIDUAL:VALUE_RESIDUAL
-    USE_GATED_ATTENTION:GATED_ATTN SWA_ENABLED:AVERAGE SWA_START_FRAC:SWA_START_SCALE QAT_ENABLED:QAT_START
-    LATE_QAT_THRESHOLD:QAT_START USE_LATE_QAT:QAT_START QAT_TIME_FRAC:QAT_START INT6_LAST_N:MATRIX_BITS
+# Names of other submissions: those that a setting here stands for, old:new; the rest by what to do instead.
+RENAMED = """LEAKY_RELU:MLP_ACTIVATION MLP_MULT_ENCODER:MLP_MULT MLP_MULT_DECODER:MLP_MULT SWA_ENABLED:AVERAGE
+    VE_ENABLED:VE_LAYERS USE_BIGRAMHASH:BIGRAM_VOCAB_SIZE USE_SMEARGATE:SMEAR_GATE INT6_LAST_N:MATRIX_BITS
+    USE_VALUE_RESIDUAL:VALUE_RESIDUAL USE_GATED_ATTENTION:GATED_ATTN SWA_START_FRAC:SWA_START_SCALE
+    QAT_ENABLED:QAT_START LATE_QAT_THRESHOLD:QAT_START USE_LATE_QAT:QAT_START QAT_TIME_FRAC:QAT_START
     NGRAM_ORDER:NGRAM_MAX_ORDER NGRAM_ENT_BASE:NGRAM_ALPHA_MIN NGRAM_ENABLED:PSEUDO NGRAM_EVAL:PSEUDO
-    USE_MIXER:PSEUDO MIXER_HEAD:PSEUDO
-"""
-REFUSED_NAMES = {
-    "USE_EMA": "set EMA_DECAY, 0 switches the average off",
-    "TTT_ONLY": "set EVAL_ONLY to an artifact",
-    "SKIP_SLIDING": "set EVAL_STRIDE to the window length for a fast score",
-    "RUN_CONFIG": "choose a RECIPE",
-    "WEIGHT_DECAY": "set MUON_WD for matrices, ADAM_WD for the rest",
-    "GRAD_ACCUM_STEPS": "set MICRO_BATCH_SLOTS, the ranks share its slots",
-    "CONTROL_TENSOR_NAME_PATTERNS": "parameter_role decides, unset it",
-    "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "parameter_role decides, unset it",
-    "NGRAM_ALPHA": "set NGRAM_ALPHA_MIN and NGRAM_ALPHA_MAX to it",
-    "NGRAM_ENT_RANGE": "set NGRAM_ALPHA_MAX to base plus range",
-}
-NEVER_READ = ("MUON_BETA2", "MIXER_ETA", "PPM_ALPHA", "USE_CACHE", "CACHE_ALPHA")
-REFUSED_NAMES |= dict.fromkeys(NEVER_READ, "nothing ever read it, unset it")
-REFUSED_NAMES |= dict.fromkeys(
-    ("NGRAM_TWO_PASS", "NGRAM_RESCORE_CHUNKS"), "no target is priced twice, unset it"
-)
+    USE_MIXER:PSEUDO MIXER_HEAD:PSEUDO"""
 RULES_OWN = "NGRAM_MIN_ORDER NGRAM_ENT_SCALE NGRAM_ENT_THRESH NGRAM_ENTROPY_CENTER NGRAM_ENTROPY_SCALE"
-REFUSED_NAMES |= dict.fromkeys(RULES_OWN.split(), "each rule of PSEUDO has its own, unset it")
+REMEDIES = {
+    "set EMA_DECAY, 0 switches the average off": "USE_EMA",
+    "set EVAL_ONLY to an artifact": "TTT_ONLY",
+    "set EVAL_STRIDE to the window length for a fast score": "SKIP_SLIDING",
+    "choose a RECIPE": "RUN_CONFIG",
+    "set MUON_WD for matrices, ADAM_WD for the rest": "WEIGHT_DECAY",
+    "set MICRO_BATCH_SLOTS, the ranks share its slots": "GRAD_ACCUM_STEPS",
+    "set NGRAM_ALPHA_MIN and NGRAM_ALPHA_MAX to it": "NGRAM_ALPHA",
+    "set NGRAM_ALPHA_MAX to base plus range": "NGRAM_ENT_RANGE",
+    "parameter_role decides, unset it": "CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS",
+    "nothing ever read it, unset it": "MUON_BETA2 MIXER_ETA PPM_ALPHA USE_CACHE CACHE_ALPHA",
+    "no target is priced twice, unset it": "NGRAM_TWO_PASS NGRAM_RESCORE_CHUNKS",
+    "each rule of PSEUDO has its own, unset it": RULES_OWN,
+}
+REFUSED_NAMES = {name: remedy for remedy, names in REMEDIES.items() for name in names.split()}
 REFUSED_NAMES |= {old: f"set {new}" for old, new in (pair.split(":") for pair in RENAMED.split())}
-
 
 # Variables of other tools whose names come close to a setting's.
 OTHER_TOOLS = {"COMPILER", "MODEL_DIR", "DATASET_PATH", "OMP_NUM_THREADS"}
@@ -222,19 +203,13 @@ def parse_setting(field: dataclasses.Field, text: str):
     """Return `text` as the type of `field`; a bool is 0 or 1 and nothing else, a number is finite."""
     if field.type == "str":
         return text
-    rule, convert = {
-        "bool": ("0 (off) or 1 (on)", {"0": False, "1": True}.__getitem__),
-        "int": ("a whole number", int),
-        "float": ("a finite number", float),
-    }[field.type]
-    try:
-        value = convert(text)
-        if math.isfinite(value):
+    rules = {"bool": "0 (off) or 1 (on)", "int": "a whole number", "float": "a finite number"}
+    convert = {"bool": {"0": False, "1": True}.__getitem__, "int": int, "float": float}[field.type]
+    with contextlib.suppress(ValueError, KeyError, OverflowError):
+        if math.isfinite(value := convert(text)):
             return value
-    except (ValueError, KeyError, OverflowError):
-        pass
-    doc = field.metadata["doc"]
-    raise SettingError(f"{field.name.upper()}={text!r} is not {rule}; the default is {field.default} ({doc})")
+    text = f"{field.name.upper()}={text!r} is not {rules[field.type]}"
+    raise SettingError(f"{text}; the default is {field.default} ({field.metadata['doc']})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,9 +312,7 @@ class Settings:
     eval_seq_len: int = setting(0, "tokens of a scoring window; 0: TRAIN_SEQ_LEN", 0, 2**17, stored="scoring")
     eval_stride: int = setting(64, "targets priced by each window but the first", 1, 2**17, stored="scoring")
     # hashed pseudo-scores; 0 is the rule's own value
-    pseudo: str = setting(
-        "none", "hashed evaluator to show", choices=("none", "pr864", "pr890", "pr779", "pr810", "pr834")
-    )
+    pseudo: str = choice("none pr864 pr890 pr779 pr810 pr834", "hashed evaluator to show")
     pseudo_sample: int = setting(20_000, "targets at which the pseudo-probabilities are summed", 1)
     ngram_buckets: int = setting(0, "buckets of each hashed table, a power of two; 0: the rule's", 0, 2**30)
     ngram_chunk_tokens: int = setting(0, "targets between updates of the tables; 0: the rule's", 0)
@@ -348,18 +321,13 @@ class Settings:
     ngram_alpha_min: float = setting(0.0, "weight of the tables at entropy 0; 0: the rule's", 0.0, 1.0)
     ngram_alpha_max: float = setting(0.0, "weight of the tables at high entropy; 0: the rule's", 0.0, 1.0)
     ngram_alpha_clip: float = setting(0.0, "weight times the order's factor at most; 0: the rule's", 0.0, 1.0)
-
     # exact n-gram cache
-    ngram_cache: str = setting(
-        "exact", "cache that the final score mixes in", choices=("exact", "none"), stored="scoring"
-    )
+    ngram_cache: str = choice("exact none", "cache that the final score mixes in", "scoring")
     cache_max_order: int = setting(16, "longest n-gram of the cache", 2, 64, stored="scoring")
     cache_document_order: int = setting(
-        4, "longest n-gram counted inside the document too; 0: none", 0, 64, stored="scoring"
+        4, "longest counted per document too; 0: none", 0, 64, stored="scoring"
     )
-    cache_chunk_tokens: int = setting(
-        512, "targets priced between updates of the gate", 1, 2**20, stored="scoring"
-    )
+    cache_chunk_tokens: int = setting(512, "targets between updates of the gate", 1, 2**20, stored="scoring")
     cache_hidden: int = setting(32, "hidden units of the gate", 1, 4_096, stored="scoring")
     cache_steps: int = setting(2, "Adam steps on each priced chunk", 1, 100, stored="scoring")
     cache_lr: float = setting(0.004, "Adam, gate; 0: the gate stays closed", 0.0, 1.0, stored="scoring")
@@ -381,11 +349,11 @@ class Settings:
         recipe = RECIPES.get(by_hand.get("RECIPE", fields["RECIPE"].default), "")
         row = dict(pair.split("=", 1) for pair in recipe.split())
         values = {name: parse_setting(fields[name], text) for name, text in row.items()}
-        for name, value in ((name.upper(), value) for name, value in (stored or {}).items()):
-            values[name] = value
-            if fields[name].metadata["stored"] == "shape" and by_hand.get(name, value) != value:
-                text = f"{name}={by_hand[name]!r} contradicts the artifact's {value!r}"
-                raise SettingError(f"{text}; unset {name}")
+        values |= {name.upper(): value for name, value in (stored or {}).items()}
+        for name in (field.upper() for field in stored or ()):
+            value, hand = values[name], by_hand.get(name, values[name])
+            if fields[name].metadata["stored"] == "shape" and hand != value:
+                raise SettingError(f"{name}={hand!r} contradicts the artifact's {value!r}; unset {name}")
         return cls(**{name.lower(): value for name, value in (values | by_hand).items()})
 
     def __post_init__(self) -> None:
@@ -399,32 +367,35 @@ class Settings:
                 problem = f"lower it to {rule['high']} at most"
             if problem:
                 raise SettingError(f"{name}={value!r} is not allowed ({rule['doc']}): {problem}")
-        row = self.micro_batch_slots * self.train_seq_len
-        ragged = not self.eval_only and self.train_batch_tokens % row
-        val_row, kv_heads = self.micro_batch_slots * self.window, self.num_kv_heads
-        layers, sequence, dims = self.num_layers, self.train_seq_len, self.rope_dims
-        qat = re.fullmatch(r"off|step0|(scale|time):(0\.\d+|1)", self.qat_start)
-        no_ema = not self.ema_decay and (self.average == "mean" or self.swa_source == "ema")
-        no_qat = self.qat_start == "off" and (self.soft_round_qat or self.crown_q_lambda)
-        power = 1 << self.ngram_buckets.bit_length() >> 1
-        rules = (
-            ("MODEL_DIM", self.model_dim % self.num_heads, "a multiple of NUM_HEADS", self.num_heads),
-            ("NUM_HEADS", self.num_heads % kv_heads, "a multiple of NUM_KV_HEADS", kv_heads),
-            ("MODEL_DIM", self.head_dim % 2, "an even multiple of NUM_HEADS", self.num_heads),
-            ("MODEL_DIM", self.head_dim > 512, "at most 512 times NUM_HEADS", self.num_heads),
-            ("TRAIN_BATCH_TOKENS", ragged, "a multiple of slots times sequence", row),
-            ("VAL_BATCH_SIZE", self.val_batch_size < val_row, "at least MICRO_BATCH_SLOTS windows", val_row),
-            ("NGRAM_BUCKETS", self.ngram_buckets ^ power, "a power of two", f"{power} or {2 * power}"),
-            ("EVAL_STRIDE", self.eval_stride > self.window, "at most the scoring window", self.window),
-            ("XSA_LAST_N", self.xsa_last_n > layers, "at most NUM_LAYERS", layers),
-            ("VE_LAYERS", max(self.value_layers, default=0) >= layers, "numbers below NUM_LAYERS", layers),
-            ("ROPE_DIMS", dims % 2 or dims > self.head_dim, "even, at most a head's channels", self.head_dim),
-            ("MTP_NUM_HEADS", self.mtp_num_heads >= sequence, "below TRAIN_SEQ_LEN", sequence),
-            ("EMA_DECAY", no_ema, "above 0 for AVERAGE=mean and SWA_SOURCE=ema", self.average),
-            ("QAT_START", not qat, "off, step0, scale:<x> or time:<x> with x at most", 1),
-            ("QAT_START", no_qat, "on for SOFT_ROUND_QAT and CROWN_Q_LAMBDA", self.crown_q_lambda),
+        s, row, val_row = (
+            self,
+            self.micro_batch_slots * self.train_seq_len,
+            self.micro_batch_slots * self.window,
         )
-        for name, broken, rule, number in rules:
+        ragged = not s.eval_only and s.train_batch_tokens % row
+        rotary = s.rope_dims % 2 or s.rope_dims > s.head_dim
+        qat = re.fullmatch(r"off|step0|(scale|time):(0\.\d+|1)", s.qat_start)
+        no_ema = not s.ema_decay and (s.average == "mean" or s.swa_source == "ema")
+        no_qat = s.qat_start == "off" and (s.soft_round_qat or s.crown_q_lambda)
+        power = 1 << s.ngram_buckets.bit_length() >> 1
+        last = max(s.value_layers, default=0)
+        for name, broken, rule, number in (
+            ("MODEL_DIM", s.model_dim % s.num_heads, "a multiple of NUM_HEADS", s.num_heads),
+            ("NUM_HEADS", s.num_heads % s.num_kv_heads, "a multiple of NUM_KV_HEADS", s.num_kv_heads),
+            ("MODEL_DIM", s.head_dim % 2, "an even multiple of NUM_HEADS", s.num_heads),
+            ("MODEL_DIM", s.head_dim > 512, "at most 512 times NUM_HEADS", s.num_heads),
+            ("TRAIN_BATCH_TOKENS", ragged, "a multiple of slots times sequence", row),
+            ("VAL_BATCH_SIZE", s.val_batch_size < val_row, "at least MICRO_BATCH_SLOTS windows", val_row),
+            ("NGRAM_BUCKETS", s.ngram_buckets ^ power, "a power of two", f"{power} or {2 * power}"),
+            ("EVAL_STRIDE", s.eval_stride > s.window, "at most the scoring window", s.window),
+            ("XSA_LAST_N", s.xsa_last_n > s.num_layers, "at most NUM_LAYERS", s.num_layers),
+            ("VE_LAYERS", last >= s.num_layers, "numbers below NUM_LAYERS", s.num_layers),
+            ("ROPE_DIMS", rotary, "even, at most a head's channels", s.head_dim),
+            ("MTP_NUM_HEADS", s.mtp_num_heads >= s.train_seq_len, "below TRAIN_SEQ_LEN", s.train_seq_len),
+            ("EMA_DECAY", no_ema, "above 0 for AVERAGE=mean and SWA_SOURCE=ema", s.average),
+            ("QAT_START", not qat, "off, step0, scale:<x> or time:<x> with x at most", 1),
+            ("QAT_START", no_qat, "on for SOFT_ROUND_QAT and CROWN_Q_LAMBDA", s.crown_q_lambda),
+        ):
             if broken:
                 value = getattr(self, name.lower())
                 raise SettingError(f"{name}={value!r} must be {rule} ({number}); change one of them")
@@ -442,8 +413,7 @@ class Settings:
     @property
     def value_layers(self) -> tuple[float, ...]:
         """Blocks with a value embedding, in order; what is not a number lies beyond every model."""
-        layers = {int(x) if x.isdecimal() else math.inf for x in self.ve_layers.split(",") if x}
-        return tuple(sorted(layers))
+        return tuple(sorted({int(x) if x.isdecimal() else math.inf for x in self.ve_layers.split(",") if x}))
 
     @property
     def window(self) -> int:
@@ -499,8 +469,7 @@ class Process:
         if self.world_size == 1:
             return []
         if own_only and bank.is_cuda:
-            chunks = list(bank.chunk(self.world_size))
-            return [dist.reduce_scatter(self.own(bank), chunks, async_op=True)]
+            return [dist.reduce_scatter(self.own(bank), list(bank.chunk(self.world_size)), async_op=True)]
         return [dist.all_reduce(bank, async_op=True)]
 
     def start_gather(self, bank: Tensor) -> list:
@@ -511,18 +480,14 @@ class Process:
 
     def agree(self, elapsed_ms: float, failure: Exception | None) -> float:
         """Return rank 0's `elapsed_ms` on every rank; raise on every rank if any rank brings a `failure`."""
-        if self.world_size == 1:
-            if failure:
-                raise failure
-            return elapsed_ms
-        mine = [elapsed_ms if self.is_main else 0.0, float(failure is not None)]
-        shared = torch.tensor(mine, dtype=torch.float64)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        if shared[1]:
-            failures: list[Exception | None] = [None] * self.world_size
-            dist.all_gather_object(failures, failure)
+        mine = [elapsed_ms if self.is_main else 0.0, failure is not None]
+        agreed_ms, failed = self.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+        if failed:
+            failures = [failure] * self.world_size
+            if self.world_size > 1:
+                dist.all_gather_object(failures, failure)
             raise next(error for error in failures if error)
-        return float(shared[0])
+        return agreed_ms
 
     def share(self, text: str) -> str:
         """Return rank 0's `text` on every rank."""
@@ -551,24 +516,22 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
 
     Raises SettingError where the ranks cannot share out MICRO_BATCH_SLOTS evenly.
     """
-    numbers = [0, 1, 0]
+    rank, world_size, local_rank = 0, 1, 0
     if "RANK" in mapping and "WORLD_SIZE" in mapping:
         texts = [mapping["RANK"], mapping["WORLD_SIZE"], mapping.get("LOCAL_RANK", mapping["RANK"])]
-        numbers = [int(text) if text.isdecimal() else -1 for text in texts]
-        if not 0 <= numbers[0] < numbers[1] or numbers[2] < 0 or "MASTER_ADDR" not in mapping:
+        rank, world_size, local_rank = (int(text) if text.isdecimal() else -1 for text in texts)
+        if not 0 <= rank < world_size or local_rank < 0 or "MASTER_ADDR" not in mapping:
             raise SettingError(f"RANK, WORLD_SIZE, LOCAL_RANK={texts} are not torchrun's; use torchrun")
-    rank, world_size, local_rank = numbers
     slots, gpus = settings.micro_batch_slots, torch.cuda.device_count()
     if slots % world_size:
         raise SettingError(f"WORLD_SIZE={world_size} must divide MICRO_BATCH_SLOTS={slots}; change one")
-    if torch.cuda.is_available():
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
         if local_rank >= gpus:
             raise SettingError(f"LOCAL_RANK={local_rank} has no GPU of {gpus}; lower --nproc_per_node")
-        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     else:
-        device = torch.device("cpu")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(settings.seed)
@@ -606,17 +569,16 @@ class Log:
 
     def step(self, event: str, step: int, total: int, train_time_ms: float, **values: float) -> None:
         """Write a step's numbers in the contest's line shape."""
-        numbers = " ".join(f"{name}:{value:.4f}" for name, value in values.items())
-        timing = f"train_time:{train_time_ms:.0f}ms step_avg:{train_time_ms / max(step, 1):.2f}ms"
-        line = f"step:{step}/{total} {numbers} {timing}"
+        line = f"step:{step}/{total} " + " ".join(f"{name}:{value:.4f}" for name, value in values.items())
+        line += f" train_time:{train_time_ms:.0f}ms step_avg:{train_time_ms / max(step, 1):.2f}ms"
         self.event(event, line, step=step, train_time_ms=train_time_ms, **values)
 
     def close(self, error: object = None) -> None:
         """Write the error that ended the run, if one did (rank 0's console: stderr), and close both files."""
+        if error and self.files:
+            for file in (sys.stderr, self.files[0]):
+                print(f"error: {error}", file=file)
         for file in self.files:
-            if error and file is self.files[0]:
-                print(f"error: {error}", file=sys.stderr)
-                file.write(f"error: {error}\n")
             file.close()
 
 
@@ -624,9 +586,7 @@ class Clock:
     """A stopwatch that waits for the device at start and stop: queued work counts where it belongs."""
 
     def __init__(self, process: Process) -> None:
-        self.process = process
-        self.total_ms = 0.0
-        self.started: float | None = None
+        self.process, self.total_ms, self.started = process, 0.0, None
 
     def start(self) -> None:
         """Start, or go on."""
@@ -698,9 +658,8 @@ def open_shard(path: Path) -> np.ndarray:
         raise DataError(f"{path}: shard version {version} is not {SHARD_VERSION}; make the shard anew")
     if tokens < 0 or size != expected:
         raise DataError(f"{path}: {size} bytes are not the {expected} of its {tokens} tokens; get it anew")
-    if tokens == 0:
-        return np.zeros(0, dtype="<u2")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,))
+    # Nothing cannot be mapped.
+    return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (tokens,)) if tokens else np.zeros(0, "<u2")
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
@@ -804,8 +763,8 @@ class Tokenizer:
         if self.model.is_control(token) or self.model.is_unknown(token) or self.model.is_unused(token):
             return b""
         text = self.model.id_to_piece(token)
-        is_byte = self.model.is_byte(token)
-        return bytes([int(text[3:5], 16)]) if is_byte else text.replace(WORD_START, " ").encode()
+        spaced = text.replace(WORD_START, " ").encode()
+        return bytes.fromhex(text[3:5]) if self.model.is_byte(token) else spaced
 
     def byte_table(self, exact: bool) -> ByteTable:
         """Return the table that adds up to the raw documents (`exact`), or the contest's.
@@ -826,11 +785,10 @@ class Tokenizer:
         A stretch that the model would not give back identically is emitted as byte pieces.
         """
         text = data.decode("utf-8", errors="surrogateescape")
-        ids: list[int] = []
         # A literal U+2581 would come back as a space, an undecodable byte is not text: bytes for both.
-        for index, stretch in enumerate(re.split(f"([{WORD_START}\udc80-\udcff]+)", text)):
-            ids.extend(self._encode_bytes(stretch) if index % 2 else self._encode_text(stretch))
-        return ids
+        stretches = enumerate(re.split(f"([{WORD_START}\udc80-\udcff]+)", text))
+        encoders = (self._encode_text, self._encode_bytes)
+        return [token for index, stretch in stretches for token in encoders[index % 2](stretch)]
 
     def _encode_text(self, text: str) -> list[int]:
         """Encode valid text; what normalisation would change is cut down until characters go as bytes."""
@@ -844,8 +802,7 @@ class Tokenizer:
             if len(text) == 1 or text.isspace():
                 return self._encode_bytes(text)
             # One line of words: cut behind a space near the middle, so that words stay whole.
-            cut = text.rfind(" ", 1, len(text) // 2 + 1)
-            cut = cut if cut > 0 else len(text) // 2
+            cut = max(text.rfind(" ", 1, len(text) // 2 + 1), 0) or len(text) // 2
             parts = [text[:cut], text[cut:]]
         return [token for part in parts for token in self._encode_text(part)]
 
@@ -857,8 +814,7 @@ class Tokenizer:
 
     def decode(self, ids) -> bytes:
         """Return the bytes of a sequence of token ids; markers give none."""
-        pieces = self.pieces
-        return b"".join([pieces[token] for token in ids])
+        return b"".join([self.pieces[token] for token in ids])
 
 
 def read_manifest(folder: Path) -> dict | None:
@@ -868,9 +824,9 @@ def read_manifest(folder: Path) -> dict | None:
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        for split in ("train", "val"):
-            _ = int(manifest["splits"][split]["bytes"]), str(manifest["splits"][split]["sha256"])
-        _ = str(manifest["tokenizer"]["sha256"]), bool(manifest["tokenizer"]["trained_here"])
+        splits, tokenizer = manifest["splits"], manifest["tokenizer"]
+        _ = [(int(splits[split]["bytes"]), splits[split]["sha256"]) for split in ("train", "val")]
+        _ = tokenizer["sha256"], tokenizer["trained_here"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not a manifest of data/text.py ({error!r}); make it anew") from error
     return manifest
@@ -897,8 +853,7 @@ def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Datase
     folder = Path(settings.data_path)
     paths, manifest = find_shards(folder, "val"), read_manifest(folder)
     tokenizer = carried or Tokenizer.load(Path(settings.tokenizer_path))
-    size = len(tokenizer.pieces)
-    if size != settings.vocab_size:
+    if (size := len(tokenizer.pieces)) != settings.vocab_size:
         raise SettingError(f"VOCAB_SIZE={settings.vocab_size} is not the tokenizer's {size} pieces; set that")
     if manifest and manifest["tokenizer"]["sha256"] != tokenizer.sha256:
         raise DataError(f"{folder}: its shards were made with another tokenizer; set TOKENIZER_PATH to it")

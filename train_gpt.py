@@ -658,7 +658,7 @@ def open_shard(path: Path) -> np.ndarray:
         raise DataError(f"{path}: shard version {version} is not {SHARD_VERSION}; make the shard anew")
     if tokens < 0 or size != expected:
         raise DataError(f"{path}: {size} bytes are not the {expected} of its {tokens} tokens; get it anew")
-    # Nothing cannot be mapped.
+    # An empty file cannot be mapped.
     return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (tokens,)) if tokens else np.zeros(0, "<u2")
 
 
@@ -814,7 +814,7 @@ class Tokenizer:
 
     def decode(self, ids) -> bytes:
         """Return the bytes of a sequence of token ids; markers give none."""
-        return b"".join([self.pieces[token] for token in ids])
+        return b"".join(map(self.pieces.__getitem__, ids))
 
 
 def read_manifest(folder: Path) -> dict | None:
@@ -1226,9 +1226,8 @@ def learning_rate_scale(step: int, elapsed_ms: float, settings: Settings) -> flo
     """
     if settings.warmdown_iters == 0:
         return 1.0
-    by_steps = (settings.iterations - step) / settings.warmdown_iters
     if settings.max_wallclock_seconds == 0:
-        return min(1.0, max(0.0, by_steps))
+        return min(1.0, max(0.0, (settings.iterations - step) / settings.warmdown_iters))
     remaining_ms = max(1000.0 * settings.max_wallclock_seconds - elapsed_ms, 0.0)
     warmdown_ms = settings.warmdown_iters * elapsed_ms / max(step, 1)
     return remaining_ms / warmdown_ms if remaining_ms <= warmdown_ms and warmdown_ms > 0 else 1.0
@@ -1240,11 +1239,10 @@ def quantization_starts(step: int, elapsed_ms: float, scale: float, settings: Se
     Without a wall-clock limit it is a share of ITERATIONS.
     """
     kind, _, threshold = settings.qat_start.partition(":")
+    if kind != "time":
+        return kind == "step0" or (kind == "scale" and scale < float(threshold))
     limit_ms = 1000.0 * settings.max_wallclock_seconds
-    share = elapsed_ms / limit_ms if limit_ms else step / settings.iterations
-    if kind in ("off", "step0"):
-        return kind == "step0"
-    return scale < float(threshold) if kind == "scale" else share >= float(threshold)
+    return (elapsed_ms / limit_ms if limit_ms else step / settings.iterations) >= float(threshold)
 
 
 def momentum_at(step: int, settings: Settings) -> float:
@@ -1278,7 +1276,7 @@ class Bank(NamedTuple):
     gradient: Tensor  # (padded, R, C); the matrices' .grad are its first slices
     momentum: Tensor  # (padded / ranks, R, C), this rank's own
     update: Tensor  # (padded, R, C)
-    arriving: list  # handles of sums under way
+    arriving: list  # handles of sums or updates under way
 
 
 def wait(handles: list) -> None:
@@ -1298,15 +1296,13 @@ class Muon:
     """
 
     def __init__(self, matrices: list[nn.Parameter], settings: Settings, process: Process) -> None:
-        self.settings, self.process = settings, process
-        shapes: dict[torch.Size, list[nn.Parameter]] = {}
-        for matrix in matrices:
-            shapes.setdefault(matrix.shape, []).append(matrix)
-        self.banks = []
+        self.settings, self.process, self.banks = settings, process, []
         dtype = torch.bfloat16 if process.device.type == "cuda" else torch.float32
-        for shape, group in sorted(shapes.items(), key=lambda item: -len(item[1]) * item[0].numel()):
+        groups = [[m for m in matrices if m.shape == s] for s in dict.fromkeys(m.shape for m in matrices)]
+        for group in sorted(groups, key=lambda group: -len(group) * group[0].numel()):
             own = -(-len(group) // process.world_size)
-            gradient, update = torch.zeros(2, own * process.world_size, *shape, device=process.device)
+            size = (own * process.world_size, *group[0].shape)
+            gradient, update = torch.zeros(2, *size, device=process.device)
             self.banks.append(Bank(group, gradient, torch.zeros_like(gradient[:own]), update.to(dtype), []))
             for matrix, view in zip(group, gradient, strict=False):
                 matrix.grad = view
@@ -1322,32 +1318,31 @@ class Muon:
             wait(bank.arriving)
         return [self.process.own(bank.gradient) for bank in self.banks]
 
-    def _apply(self, bank: Bank, arriving: list, lr: float) -> None:
+    def _apply(self, bank: Bank, lr: float) -> None:
         """Change the matrices of `bank` by its updates, once they are there."""
-        wait(arriving)
-        decay, (rows, columns) = 1 - lr * self.settings.muon_wd, bank.matrices[0].shape
+        wait(bank.arriving)
+        rows, columns = bank.matrices[0].shape
         changes = list(bank.update[: len(bank.matrices)].to(torch.float32).unbind())
-        for order in ("before", "after"):
-            if decay != 1 and self.settings.muon_wd_order == order:
-                torch._foreach_mul_(bank.matrices, decay)
-            if order == "before":
-                torch._foreach_add_(bank.matrices, changes, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+        if self.settings.muon_wd and self.settings.muon_wd_order == "before":
+            torch._foreach_mul_(bank.matrices, 1 - lr * self.settings.muon_wd)
+        torch._foreach_add_(bank.matrices, changes, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+        if self.settings.muon_wd and self.settings.muon_wd_order == "after":
+            torch._foreach_mul_(bank.matrices, 1 - lr * self.settings.muon_wd)
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float) -> None:
         """Update every matrix from its gradient."""
-        leaving: list[tuple[Bank, list]] = []
-        for bank in self.banks:
+        for place, bank in enumerate(self.banks):
             wait(bank.arriving)
             gradient = self.process.own(bank.gradient)
             bank.momentum.mul_(momentum).add_(gradient)
             direction = gradient.add(bank.momentum, alpha=momentum)
             self.process.own(bank.update).copy_(orthogonalize(direction, self.settings.muon_backend_steps))
-            leaving.append((bank, self.process.start_gather(bank.update)))
-            if len(leaving) > 1:
-                self._apply(*leaving.pop(0), lr)
-        for bank, arriving in leaving:
-            self._apply(bank, arriving, lr)
+            bank.arriving.extend(self.process.start_gather(bank.update))
+            if place:
+                self._apply(self.banks[place - 1], lr)
+        for bank in self.banks[-1:]:
+            self._apply(bank, lr)
 
 
 class Optimizers:
@@ -1357,27 +1352,25 @@ class Optimizers:
     """
 
     def __init__(self, model: GPT, settings: Settings, process: Process) -> None:
-        self.settings, self.process = settings, process
-        named = list(model.named_parameters())
-        embed_lr = settings.tied_embed_lr if settings.tie_embeddings else settings.embed_lr
-        rates = {"embedding": embed_lr, "lookup": embed_lr, "head": settings.head_lr}
-        rates |= {"scalar": settings.scalar_lr, "projection": settings.scalar_lr, "matrix": 0.0}
+        self.settings, self.process, s = settings, process, settings
+        embed_lr = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
+        rates = {"embedding": embed_lr, "lookup": embed_lr, "head": s.head_lr}
+        rates |= {"scalar": s.scalar_lr, "projection": s.scalar_lr, "matrix": 0.0}
         roles: dict[str, list[nn.Parameter]] = {role: [] for role in rates}
-        for name, parameter in named:
+        for name, parameter in model.named_parameters():
             roles[parameter_role(name, parameter)].append(parameter)
         order = ("matrix", "projection", "lookup")
-        matrices = [p for role in order[: order.index(settings.muon_scope) + 1] for p in roles.pop(role)]
+        matrices = [p for role in order[: order.index(s.muon_scope) + 1] for p in roles.pop(role)]
         groups = [{"params": roles[role], "base_lr": rates[role]} for role in roles if roles[role]]
         others = [p for group in groups for p in group["params"]]
-        assert len(matrices) + len(others) == len(named) == len({id(p) for p in matrices + others})
-        self.flat = torch.zeros(sum(p.numel() for p in others) + 1, device=process.device)
-        views = self.flat[:-1].split([parameter.numel() for parameter in others])
-        for parameter, view in zip(others, views, strict=True):
+        assert sorted(map(id, matrices + others)) == sorted(map(id, model.parameters()))
+        sizes = [parameter.numel() for parameter in others]
+        self.flat = torch.zeros(sum(sizes) + 1, device=process.device)
+        for parameter, view in zip(others, self.flat[:-1].split(sizes), strict=True):
             parameter.grad = view.view_as(parameter)
-        betas, cuda = (settings.beta1, settings.beta2), process.device.type == "cuda"
-        options = {"eps": settings.adam_eps, "weight_decay": settings.adam_wd, "fused": cuda}
-        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, **options)
-        self.muon = Muon(matrices, settings, process)
+        options = {"eps": s.adam_eps, "weight_decay": s.adam_wd, "fused": process.device.type == "cuda"}
+        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=(s.beta1, s.beta2), **options)
+        self.muon = Muon(matrices, s, process)
 
     def gather(self, model, batches: list[Tensor]) -> Tensor:
         """Fill the gradient buffers from the micro-batches of all ranks; return the mean loss, ()."""
@@ -1446,11 +1439,10 @@ class Averages:
 
         An average without a single update is the weights themselves; an SWA without snapshot is the EMA.
         """
-        raw = {name: parameter.detach() for name, parameter in self.live.items()}
+        raw, average = {name: p.detach() for name, p in self.live.items()}, self.settings.average
         found = {"raw": raw, "ema": self.ema or raw, "swa": self.swa or self.ema or raw}
-        average = self.settings.average
         if average == "mean":
-            found["mean"] = {name: (found["ema"][name] + found["swa"][name]) / 2 for name in raw}
+            return {"mean": {name: (found["ema"][name] + found["swa"][name]) / 2 for name in raw}}
         return found if average == "best" else {average: found[average]}
 
     def moved(self, weights: dict[str, Tensor]) -> float:

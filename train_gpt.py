@@ -1467,6 +1467,7 @@ MAX_HEADER_BYTES = 1_000_000
 MAX_PAYLOAD_BYTES = 2**30
 BITS = {"int8": 8, "int6": 6, "int5": 5}  # kinds of quantized tensors
 FLOATS = {"float16": "<f2", "float32": "<f4"}  # kinds of all others
+COLUMNS = ("|i1", "<f2", "<f4")  # NumPy types of what is stored, in the order of the file
 SMALLEST_SCALE = 2.0**-24  # least positive float16
 PERCENTILES = (1.0, 0.99999, 0.9999, 0.9995, 0.999)  # of a row's absolute values, where QUANT_SEARCH clips
 XZ_MAGIC = b"\xfd7zXZ\0"
@@ -1511,12 +1512,11 @@ def prune(weight: Tensor, share: float) -> Tensor:
 
 def tensor_kind(name: str, tensor: Tensor, settings: Settings) -> str:
     """Return how a parameter is stored: matrices and tables quantized, gains and mixes in float32."""
-    role = parameter_role(name, tensor)
+    role, s = parameter_role(name, tensor), settings
     if role == "scalar":
         return "float32"
-    bits = {"lookup": settings.lookup_bits, "embedding": settings.embed_bits, "head": settings.embed_bits}
-    bits = bits.get(role, settings.matrix_bits)
-    return "float16" if bits == 16 or tensor.numel() <= settings.fp16_max_numel else f"int{bits}"
+    bits = {"lookup": s.lookup_bits, "embedding": s.embed_bits, "head": s.embed_bits}.get(role, s.matrix_bits)
+    return "float16" if bits == 16 or tensor.numel() <= s.fp16_max_numel else f"int{bits}"
 
 
 class QuantizationAware(nn.Module):
@@ -1608,10 +1608,17 @@ def compress_smallest(payload: bytes, compressor: str = "zstd") -> bytes:
     if compressor == "lzma":
         return lzma.compress(payload, preset=6)
     base = zstandard.ZstdCompressionParameters.from_level
-    candidates = [base(level, source_size=len(payload), write_checksum=True) for level in (1, 19, 22)]
-    candidates.append(base(19, source_size=len(payload), min_match=7, write_checksum=True))
-    frames = [zstandard.ZstdCompressor(compression_params=c).compress(payload) for c in candidates]
-    return min(frames, key=len)
+    options = {"source_size": len(payload), "write_checksum": True}
+    candidates = [base(level, **options) for level in (1, 19, 22)] + [base(19, min_match=7, **options)]
+    return min(
+        (zstandard.ZstdCompressor(compression_params=c).compress(payload) for c in candidates), key=len
+    )
+
+
+def require(holds: bool, fault: str) -> None:
+    """Raise ValueError with the `fault` of an artifact unless the condition `holds`."""
+    if not holds:
+        raise ValueError(fault)
 
 
 class Artifact(NamedTuple):
@@ -1630,38 +1637,35 @@ def pack_artifact(weights: dict[str, Tensor], settings: Settings, tokenizer: Tok
 
     Raises NonFiniteError where a weight is not a finite number of float16's range.
     """
-    tensors: list[list] = []
-    columns: dict[str, list[np.ndarray]] = {"|i1": [], "<f2": [], "<f4": []}
+    s, tensors = settings, []
+    columns: dict[str, list[np.ndarray]] = {dtype: [] for dtype in COLUMNS}
     for name, tensor in weights.items():
-        kind, tensor = tensor_kind(name, tensor, settings), tensor.detach().float().cpu()
+        kind, tensor = tensor_kind(name, tensor, s), tensor.detach().float().cpu()
         tensors.append([name, list(tensor.shape), kind])
+        parts = (tensor.half() if kind == "float16" else tensor,)
         if kind in BITS:
-            search, floor = settings.quant_search, settings.quant_scale_floor
-            parts = quantize_rows(prune(tensor, settings.prune_pct), BITS[kind], search, floor)
-        else:
-            parts = (tensor.half() if kind == "float16" else tensor,)
+            parts = quantize_rows(prune(tensor, s.prune_pct), BITS[kind], s.quant_search, s.quant_scale_floor)
         if not bool(torch.isfinite(parts[-1]).all()):
             raise NonFiniteError(f"{name}: a weight is infinite or no number; lower the learning rates")
         for part, (dtype, _) in zip(parts, stored_parts(tensor.shape, kind), strict=True):
             columns[dtype].append(part.numpy().astype(dtype).reshape(-1))
     embedded = tokenizer.source if embed else b""
     payload = b"".join([*(byte_planes(np.concatenate(c)) for c in columns.values() if c), embedded])
-    header = {"settings": settings.stored_values(), "tensors": tensors}
-    header["tokenizer"] = {"sha256": tokenizer.sha256, "bytes": len(embedded)}
+    named = {"sha256": tokenizer.sha256, "bytes": len(embedded)}
+    header = {"settings": s.stored_values(), "tensors": tensors, "tokenizer": named}
     header_bytes = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
     prefix = ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(header_bytes))
-    body = prefix + header_bytes + compress_smallest(payload, settings.compressor)
+    body = prefix + header_bytes + compress_smallest(payload, s.compressor)
     return body + hashlib.sha256(body).digest()
 
 
 def stored_settings(values: Mapping[str, object]) -> Settings:
     """Return Settings with an artifact's stored values; raises ValueError unless they are all valid."""
     expected = Settings().stored_values()
-    if not isinstance(values, dict) or values.keys() != expected.keys():
-        raise ValueError("its header does not hold the settings that this script stores")
+    same = isinstance(values, dict) and values.keys() == expected.keys()
+    require(same, "its header does not hold the settings that this script stores")
     for name, default in expected.items():
-        if type(values[name]) is not type(default):
-            raise ValueError(f"its header gives {name} as {values[name]!r}")
+        require(type(values[name]) is type(default), f"its header gives {name} as {values[name]!r}")
     try:
         # Batch sizes play no part in an artifact: these satisfy their rules.
         return Settings(**values, eval_only="artifact", val_batch_size=2**30)
@@ -1676,11 +1680,11 @@ def check_tensors(tensors: list, settings: Settings) -> list[tuple[str, list[int
     """
     with torch.device("meta"):
         expected = {name: list(parameter.shape) for name, parameter in GPT(settings).named_parameters()}
-    if {name: shape for name, shape, _ in tensors} != expected or len(tensors) != len(expected):
-        raise ValueError("its tensors are not those of the model that its settings describe")
+    same = {name: shape for name, shape, _ in tensors} == expected and len(tensors) == len(expected)
+    require(same, "its tensors are not those of the model that its settings describe")
     for name, shape, kind in tensors:
-        if kind not in FLOATS and (kind not in BITS or len(shape) != 2):
-            raise ValueError(f"tensor {name} is stored as {kind!r}, which this script does not know")
+        known = kind in FLOATS or (kind in BITS and len(shape) == 2)
+        require(known, f"tensor {name} is stored as {kind!r}, which this script does not know")
     return tensors
 
 
@@ -1689,77 +1693,68 @@ def expand_frame(frame: bytes, size: int) -> bytes:
     if frame.startswith(XZ_MAGIC):
         decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**28)
         data = decompressor.decompress(frame, max_length=size + 1)
-        if len(data) != size or not decompressor.eof or decompressor.unused_data:
-            raise ValueError(f"its xz stream does not hold the {size} bytes that its header needs")
+        exact = len(data) == size and decompressor.eof and not decompressor.unused_data
+        require(exact, f"its xz stream does not hold the {size} bytes that its header needs")
         return data
-    claimed = zstandard.frame_content_size(frame)
-    if claimed != size:
-        raise ValueError(f"its frame claims {claimed} bytes, its header needs {size}")
+    claimed, data = zstandard.frame_content_size(frame), bytearray()
+    require(claimed == size, f"its frame claims {claimed} bytes, its header needs {size}")
     # Read in pieces: memory grows with what is really there, not with what the frame claims.
     reader = zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(io.BytesIO(frame))
-    pieces, length = [], 0
-    while length <= size and (piece := reader.read(2**20)):
-        pieces.append(piece)
-        length += len(piece)
-    if length != size:
-        raise ValueError(f"its frame holds {length} bytes, its header needs {size}")
-    return b"".join(pieces)
+    while len(data) <= size and (piece := reader.read(2**20)):
+        data += piece
+    require(len(data) == size, f"its frame holds {len(data)} bytes, its header needs {size}")
+    return bytes(data)
 
 
 def unpack_tensors(tensors: list[tuple[str, list[int], str]], payload: io.BytesIO) -> dict[str, Tensor]:
     """Return the float32 weights that the payload holds: all integers, then all float16, then all float32."""
     layout = [part for _, shape, kind in tensors for part in stored_parts(shape, kind)]
     columns, weights = {}, {}
-    for dtype in map(np.dtype, ("|i1", "<f2", "<f4")):
-        count = sum(count for stored, count in layout if stored == dtype.str)
-        columns[dtype.str] = from_byte_planes(payload.read(count * dtype.itemsize), dtype)
+    for dtype in map(np.dtype, COLUMNS):
+        counts = [count for stored, count in layout if stored == dtype.str]
+        column = torch.from_numpy(from_byte_planes(payload.read(sum(counts) * dtype.itemsize), dtype).copy())
+        columns[dtype.str] = iter(column.split(counts))
     for name, shape, kind in tensors:
-        parts = []
-        for dtype, count in stored_parts(shape, kind):
-            part, columns[dtype] = np.split(columns[dtype], [count])
-            parts.append(torch.from_numpy(part.copy()))
-        parts[0] = parts[0].reshape(shape)
-        weights[name] = restore_rows(*parts) if kind in BITS else parts[0].float()
+        first, *scales = (next(columns[dtype]) for dtype, _ in stored_parts(shape, kind))
+        first = first.reshape(shape)
+        weights[name] = restore_rows(first, *scales) if kind in BITS else first.float()
     return weights
 
 
 def unpack_artifact(data: bytes) -> Artifact:
     """Return the content of an artifact file; raises ValueError, or a kind of it, with the reason."""
-    if data[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
-        raise ValueError("it does not start with an artifact's magic bytes")
-    if len(data) < ARTIFACT_PREFIX.size + 32:
-        raise ValueError("it is truncated")
+    require(data.startswith(ARTIFACT_MAGIC), "it does not start with an artifact's magic bytes")
+    require(len(data) >= ARTIFACT_PREFIX.size + 32, "it is truncated")
     _, version, header_size = ARTIFACT_PREFIX.unpack_from(data)
-    if version != ARTIFACT_VERSION:
-        raise ValueError(f"format version {version}, this script reads version {ARTIFACT_VERSION}")
-    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise ValueError("its SHA-256 does not match: truncated or altered")
+    known = version == ARTIFACT_VERSION
+    require(known, f"format version {version}, this script reads version {ARTIFACT_VERSION}")
+    intact = hashlib.sha256(data[:-32]).digest() == data[-32:]
+    require(intact, "its SHA-256 does not match: truncated or altered")
     header_end = ARTIFACT_PREFIX.size + header_size
-    if header_size > MAX_HEADER_BYTES or header_end > len(data) - 32:
-        raise ValueError(f"a header of {header_size} bytes does not fit")
+    fits = header_size <= MAX_HEADER_BYTES and header_end <= len(data) - 32
+    require(fits, f"a header of {header_size} bytes does not fit")
     header = json.loads(data[ARTIFACT_PREFIX.size : header_end])
     settings = stored_settings(header["settings"])
     tensors = check_tensors(header["tensors"], settings)
-    tokenizer_sha256, embedded = header["tokenizer"]["sha256"], header["tokenizer"]["bytes"]
+    named_sha256, embedded = header["tokenizer"]["sha256"], header["tokenizer"]["bytes"]
     parts = [part for _, shape, kind in tensors for part in stored_parts(shape, kind)]
     needed = sum(np.dtype(dtype).itemsize * count for dtype, count in parts)
-    if type(embedded) is not int or not 0 <= embedded <= needed + embedded <= MAX_PAYLOAD_BYTES:
-        raise ValueError(f"its header needs {needed} and {embedded!r} bytes, which no artifact has")
+    possible = type(embedded) is int and 0 <= embedded <= needed + embedded <= MAX_PAYLOAD_BYTES
+    require(possible, f"its header needs {needed} and {embedded!r} bytes, which no artifact has")
     payload = io.BytesIO(expand_frame(data[header_end:-32], needed + embedded))
     weights = unpack_tensors(tensors, payload)
     tokenizer = Tokenizer(payload.read()) if embedded else None
-    if tokenizer and tokenizer.sha256 != tokenizer_sha256:
-        raise ValueError("its tokenizer is not the one its header names")
+    same = tokenizer is None or tokenizer.sha256 == named_sha256
+    require(same, "its tokenizer is not the one its header names")
     sha256 = hashlib.sha256(data).hexdigest()
-    return Artifact(settings.stored_values(), weights, tokenizer, tokenizer_sha256, sha256, len(data))
+    return Artifact(settings.stored_values(), weights, tokenizer, named_sha256, sha256, len(data))
 
 
 def read_artifact(path: Path) -> Artifact:
     """Read and check an artifact file; raises DataError naming the file and what is wrong with it."""
     try:
         size = path.stat().st_size
-        if size > MAX_PAYLOAD_BYTES:
-            raise ValueError(f"{size} bytes are more than any artifact has")
+        require(size <= MAX_PAYLOAD_BYTES, f"{size} bytes are more than any artifact has")
         return unpack_artifact(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); name an artifact.bin") from error
@@ -2626,16 +2621,14 @@ class LossWatch:
     """Reads each step's loss a few steps late, and stops the run at one that is not finite."""
 
     def __init__(self) -> None:
-        self.pending: list[tuple[int, float, Tensor, torch.cuda.Event | None]] = []
-        self.last_good = math.nan
+        self.pending, self.last_good = [], math.nan
 
     def push(self, step: int, matrix_lr: float, loss: Tensor) -> None:
         """Queue the loss of `step`, which ran at Muon's rate `matrix_lr`; read those that are old enough."""
         event = None
         if loss.is_cuda:
             loss = torch.empty_like(loss, device="cpu", pin_memory=True).copy_(loss, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
+            event = torch.cuda.current_stream().record_event()
         self.pending.append((step, matrix_lr, loss, event))
         self.drain(LOSS_LAG_STEPS)
 
@@ -2676,12 +2669,12 @@ def warm_up(model: GPT, losses, stream: TokenStream, settings: Settings, process
     Primes compiler and caches: also of the loss that quantization-aware training switches to later.
     """
     saved = [parameter.detach().clone() for parameter in model.parameters()]
-    optimizers = Optimizers(model, settings, process)
-    for step in range(settings.warmup_steps * len(losses)):
+    optimizers, total = Optimizers(model, settings, process), settings.warmup_steps * len(losses)
+    for step in range(total):
         batches, _ = load_batches(stream, step, settings, process, Clock(process))
         optimizers.gather(losses[step // settings.warmup_steps], batches)
         optimizers.step(1.0, settings.muon_momentum)
-        log.line(f"warmup_step:{step + 1}/{settings.warmup_steps * len(losses)}")
+        log.line(f"warmup_step:{step + 1}/{total}")
     with torch.no_grad():
         torch._foreach_copy_(list(model.parameters()), saved)
 
@@ -2699,7 +2692,7 @@ def choose_weights(averages: Averages, model: GPT, batches: list, process: Proce
             with torch.no_grad(), process.precision():
                 total += torch.func.functional_call(model, weights, (ids[:, :-1], ids[:, 1:]))
         losses[name] = float(process.sum(total)) / averages.settings.micro_batch_slots
-    chosen = min(losses or candidates, key=losses.get if losses else None)
+    chosen = min(candidates, key=lambda name: losses.get(name, 0.0))
     numbers = {"ema_updates": averages.updates, "swa_snapshots": averages.snapshots}
     numbers |= {f"held_out_train_loss_{name}": round(loss, 8) for name, loss in losses.items()}
     numbers["moved"] = averages.moved(candidates[chosen])
@@ -2903,8 +2896,7 @@ def failure_of(error: BaseException) -> tuple[int, str]:
     if isinstance(error, torch.OutOfMemoryError):
         return SettingError.exit_code, "TRAIN_BATCH_TOKENS is too large for the GPU; raise MICRO_BATCH_SLOTS"
     if isinstance(error, KeyboardInterrupt):
-        code = 128 + (error.args[0] if error.args else signal.SIGINT)
-        return code, "interrupted; nothing half-written is left"
+        return 128 + (error.args or [signal.SIGINT])[0], "interrupted; nothing half-written is left"
     return 1, repr(error)
 
 
@@ -2924,8 +2916,7 @@ def run_and_record(settings: Settings, process: Process, notes: list[str], artif
     record |= {"seed": settings.seed, "world_size": process.world_size, "settings": settings.changed()}
     try:
         record |= run(settings, process, run_dir, log, artifact)
-        total, limit = record["total_bytes"], settings.artifact_limit_bytes
-        if total > limit:
+        if (total := record["total_bytes"]) > (limit := settings.artifact_limit_bytes):
             raise SizeError(
                 f"{total} bytes of code and weights, over ARTIFACT_LIMIT_BYTES={limit}; shrink it"
             )
@@ -2942,7 +2933,7 @@ def run_and_record(settings: Settings, process: Process, notes: list[str], artif
 
 def main(environment: Mapping[str, str]) -> int:
     """Run what `environment` asks for and return the exit code."""
-    mapping, notes = dict(environment), []
+    mapping, notes, is_main = dict(environment), [], environment.get("RANK", "0") == "0"
     if "RECIPE" not in mapping and not torch.cuda.is_available():
         mapping["RECIPE"] = "cpu"
         notes.append("RECIPE is not set and there is no CUDA device: RECIPE=cpu")
@@ -2953,9 +2944,9 @@ def main(environment: Mapping[str, str]) -> int:
             code = run_and_record(settings, process, notes, artifact)
     except (RunError, OSError, KeyboardInterrupt) as error:
         code, message = failure_of(error)
-        if mapping.get("RANK", "0") == "0":
+        if is_main:
             print(f"error: {message}", file=sys.stderr)
-    if code and mapping.get("RANK", "0") != "0":
+    if code and not is_main:
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(RANK_0_SECONDS)
     return code

@@ -107,7 +107,8 @@ class NonFiniteError(RunError):
     exit_code = 6
 
 
-# What the five reference submissions share; the four with 11 layers; 890, 779 and 834; the last two.
+# Recipes are written as a person would type them; blanks between variables, the last of a name wins. First
+# what the five reference submissions share; the four with 11 layers; 890, 779 and 834; the last two.
 REFERENCE = """TRAIN_SEQ_LEN=2048 WARMDOWN_ITERS=3500 TIED_EMBED_LR=0.035 MATRIX_LR=0.025 SCALAR_LR=0.025
     MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500
     MUON_WD=0.04 ADAM_WD=0.04 QUANT_SEARCH=1 QUANT_SCALE_FLOOR=1 FP16_MAX_NUMEL=65536"""
@@ -116,7 +117,6 @@ ELEVEN = f"""{REFERENCE} NUM_LAYERS=11 MLP_ACTIVATION=leaky2 ROPE_DIMS=16 ROPE_N
 WIDE = f"""{ELEVEN} NUM_KV_HEADS=8 MLP_MULT=3.5 LN_SCALE=norm VE_LAYERS=9,10 XSA_LAST_N=11
     MATRIX_INIT=scaled QAT_START=scale:0.5 MATRIX_BITS=5"""
 PRUNED = f"{WIDE} BIGRAM_VOCAB_SIZE=6144 MAX_WALLCLOCK_SECONDS=582 PRUNE_PCT=0.08 CROWN_Q_LAMBDA=0.01"
-# Recipes are written as a person would type them; several variables to a line, blanks between, the last wins.
 RECIPES = {
     # The contest's 9-layer baseline, 17,059,912 parameters: every default.
     "baseline": "",
@@ -133,21 +133,18 @@ RECIPES = {
         TRAIN_BATCH_TOKENS=512 TRAIN_SEQ_LEN=32 MICRO_BATCH_SLOTS=2 DATA_LANES=4
         TRAIN_LOG_EVERY=2 VAL_LOSS_EVERY=2 VAL_BATCH_SIZE=1024 EVAL_STRIDE=8 EMA_DECAY=0.8""",
     # The five reference submissions, by pull request of openai/parameter-golf: what their code does, not what
-    # their READMEs say. Repaired where the code never acted: quantization-aware training (the compiler had
-    # folded its switch away, or no weight passed through it) acts, uses the exporter's own quantizer and
-    # reaches the embeddings; SWA, collected and dropped by 890, 779 and 834, is a candidate for the export;
-    # weights are chosen on held-out training tokens (864: on validation text); the gradient norm that is
-    # clipped is global (864: local). 779's and 834's READMEs name a value residual and gated attention, their
-    # code has neither. Gains are stored as float32 (890, 779, 834: float16), percentiles searched per row.
+    # their READMEs say (779's, 834's: value residual, gated attention). Repaired where the code never acted:
+    # quantization-aware training (its switch folded away, or no weight passed through) uses the exporter's
+    # quantizer and reaches the embeddings; SWA, collected and dropped by 890, 779, 834, may be exported.
+    # Weights are chosen on held-out training tokens (864: validation text), the clipped norm is global (864:
+    # local), gains are stored as float32 (890, 779, 834: float16), percentiles searched per row.
     "pr890": f"{WIDE} BIGRAM_VOCAB_SIZE=4096 EVAL_STRIDE=32",
     "pr810": f"""{REFERENCE} NUM_LAYERS=10 MLP_MULT=3 SMEAR_GATE=twentieth BIGRAM_VOCAB_SIZE=2048
         BIGRAM_HASH=linear XSA_LAST_N=4 PRE_ENRICH_DIM=768 UNET_LONGER_HALF=encoder EMBED_INIT=overtone
         MUON_SCOPE=lookup MUON_WD_ORDER=after AVERAGE=mean QAT_START=step0 MATRIX_BITS=6 LOOKUP_BITS=6
         EMBED_BITS=16 COMPRESSOR=lzma""",
-    # Both leave 18 seconds of the clock to the export.
-    "pr779": PRUNED,
-    # Its learned gate head, 3,591 parameters more, belongs to its n-gram rule.
-    "pr834": PRUNED,
+    "pr779": PRUNED,  # both leave 18 seconds of the clock to the export
+    "pr834": PRUNED,  # its learned gate head, 3,591 parameters more, belongs to its n-gram rule
     # BIGRAM_VOCAB_SIZE=1536 is the model of its seeds 42 and 2024. The first block's value-residual weights,
     # which nothing read, act: that block mixes its values with themselves.
     "pr864": f"""{ELEVEN} MLP_MULT=3 BIGRAM_VOCAB_SIZE=1024 XSA_LAST_N=4 VALUE_RESIDUAL=1 GATED_ATTN=1
@@ -358,15 +355,15 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            name, value, rule, problem = field.name.upper(), getattr(self, field.name), field.metadata, ""
+            name, value, rule, remedy = field.name.upper(), getattr(self, field.name), field.metadata, ""
             if rule["choices"] and value not in rule["choices"]:
-                problem = f"choose one of {', '.join(map(str, rule['choices']))}"
+                remedy = f"choose one of {', '.join(map(str, rule['choices']))}"
             elif rule["low"] is not None and not value >= rule["low"]:
-                problem = f"raise it to {rule['low']} at least"
+                remedy = f"raise it to {rule['low']} at least"
             elif rule["high"] is not None and not value <= rule["high"]:
-                problem = f"lower it to {rule['high']} at most"
-            if problem:
-                raise SettingError(f"{name}={value!r} is not allowed ({rule['doc']}): {problem}")
+                remedy = f"lower it to {rule['high']} at most"
+            if remedy:
+                raise SettingError(f"{name}={value!r} is not allowed ({rule['doc']}): {remedy}")
         s, row, val_row = (
             self,
             self.micro_batch_slots * self.train_seq_len,
@@ -512,10 +509,7 @@ class Process:
 
 @contextlib.contextmanager
 def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Process]:
-    """Yield this process; joins the group when torchrun set RANK and WORLD_SIZE, and leaves it at the end.
-
-    Raises SettingError where the ranks cannot share out MICRO_BATCH_SLOTS evenly.
-    """
+    """Yield this process, in torchrun's group if there is one; SettingError if ranks cannot share slots."""
     rank, world_size, local_rank = 0, 1, 0
     if "RANK" in mapping and "WORLD_SIZE" in mapping:
         texts = [mapping["RANK"], mapping["WORLD_SIZE"], mapping.get("LOCAL_RANK", mapping["RANK"])]
@@ -525,10 +519,10 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
     slots, gpus = settings.micro_batch_slots, torch.cuda.device_count()
     if slots % world_size:
         raise SettingError(f"WORLD_SIZE={world_size} must divide MICRO_BATCH_SLOTS={slots}; change one")
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        if local_rank >= gpus:
-            raise SettingError(f"LOCAL_RANK={local_rank} has no GPU of {gpus}; lower --nproc_per_node")
+    if gpus and local_rank >= gpus:
+        raise SettingError(f"LOCAL_RANK={local_rank} has no GPU of {gpus}; lower --nproc_per_node")
+    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+    if gpus:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     else:
@@ -536,7 +530,7 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(settings.seed)
     if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     try:
         yield Process(rank, world_size, device)
     finally:
@@ -623,9 +617,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 # documents: where a manifest states them, they must be met exactly.
 # ============================================================================================================
 
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
-SHARD_HEADER_BYTES = 1024
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 MARKER_ID = 1  # begin-of-document token of the contest's shards and of data/text.py
 WORD_START = "\u2581"  # SentencePiece writes a space like this
 
@@ -780,10 +772,7 @@ class Tokenizer:
         return ByteTable(base, leading_space, boundary)
 
     def encode(self, data: bytes) -> list[int]:
-        """Return token ids with `decode(encode(data)) == data` for any bytes, invalid UTF-8 included.
-
-        A stretch that the model would not give back identically is emitted as byte pieces.
-        """
+        """Return token ids with `decode(encode(data)) == data` for any bytes, by byte pieces if need be."""
         text = data.decode("utf-8", errors="surrogateescape")
         # A literal U+2581 would come back as a space, an undecodable byte is not text: bytes for both.
         stretches = enumerate(re.split(f"([{WORD_START}\udc80-\udcff]+)", text))
@@ -846,9 +835,8 @@ class Dataset(NamedTuple):
 def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Dataset:
     """Open everything under DATA_PATH and check it; `carried` is the tokenizer that came with an artifact.
 
-    Raises DataError where a file is missing or damaged, where tokenizer and shards do not fit together, or
-    where the tokens' bytes are not those of the raw documents that the manifest counted; SettingError where
-    VOCAB_SIZE is not the tokenizer's.
+    Raises DataError where files are missing or damaged, do not fit together or do not add up to the bytes
+    that the manifest counted; SettingError where VOCAB_SIZE is not the tokenizer's.
     """
     folder = Path(settings.data_path)
     paths, manifest = find_shards(folder, "val"), read_manifest(folder)
@@ -1234,10 +1222,7 @@ def learning_rate_scale(step: int, elapsed_ms: float, settings: Settings) -> flo
 
 
 def quantization_starts(step: int, elapsed_ms: float, scale: float, settings: Settings) -> bool:
-    """Return whether QAT_START is reached: the learning-rate scale below x, or a share x of time used up.
-
-    Without a wall-clock limit it is a share of ITERATIONS.
-    """
+    """Return whether QAT_START is reached: `scale` below x, or share x of time (or ITERATIONS) used up."""
     kind, _, threshold = settings.qat_start.partition(":")
     if kind != "time":
         return kind == "step0" or (kind == "scale" and scale < float(threshold))
@@ -1346,10 +1331,7 @@ class Muon:
 
 
 class Optimizers:
-    """The two optimizers, and every parameter's gradient in a buffer that is summed over ranks as a whole.
-
-    AdamW's buffer ends with the loss: one sum averages its gradients and the loss together.
-    """
+    """Both optimizers; AdamW's gradients are a buffer that ends with the loss: one sum averages them all."""
 
     def __init__(self, model: GPT, settings: Settings, process: Process) -> None:
         self.settings, self.process, s = settings, process, settings
@@ -1408,11 +1390,10 @@ class Optimizers:
 
 
 class Averages:
-    """EMA and SWA of the weights, both float32.
+    """EMA and SWA of the weights, both float32; what AVERAGE does not use is not collected.
 
-    ema = decay * ema + (1 - decay) * weights after every step. swa = mean of the snapshots taken every
-    SWA_EVERY steps once the learning-rate scale is below SWA_START_SCALE (arXiv 1803.05407), of the weights
-    or of their EMA. What AVERAGE does not use is not collected.
+    ema = decay * ema + (1 - decay) * weights after every step. swa = mean of the snapshots of weights or EMA
+    taken every SWA_EVERY steps once the learning-rate scale is below SWA_START_SCALE (arXiv 1803.05407).
     """
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
@@ -1460,14 +1441,12 @@ class Averages:
 # compute with what the file will hold: `QuantizationAware` calls the exporter's own quantizer.
 # ============================================================================================================
 
-ARTIFACT_MAGIC = b"GOLFGPT\n"
-ARTIFACT_VERSION = 1
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFGPT\n", 1
 ARTIFACT_PREFIX = struct.Struct("<8sII")  # magic, version, bytes of the header
-MAX_HEADER_BYTES = 1_000_000
-MAX_PAYLOAD_BYTES = 2**30
+MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES = 1_000_000, 2**30
 BITS = {"int8": 8, "int6": 6, "int5": 5}  # kinds of quantized tensors
 FLOATS = {"float16": "<f2", "float32": "<f4"}  # kinds of all others
-COLUMNS = ("|i1", "<f2", "<f4")  # NumPy types of what is stored, in the order of the file
+COLUMNS = ("|i1", *FLOATS.values())  # NumPy types of all that is stored, in the order of the file
 SMALLEST_SCALE = 2.0**-24  # least positive float16
 PERCENTILES = (1.0, 0.99999, 0.9999, 0.9995, 0.999)  # of a row's absolute values, where QUANT_SEARCH clips
 XZ_MAGIC = b"\xfd7zXZ\0"
@@ -1484,8 +1463,7 @@ def quantize_rows(weight: Tensor, bits: int, search=False, floor=False) -> tuple
 
     Restored values are off by at most half a scale (and half the smallest scale for rows near zero), unless
     `search` clips a row at the percentile with the least squared error. `floor` keeps scales at 1 / limit at
-    least (coarser, compresses better): rows below 1 then have that scale, whatever the percentile. Training
-    and export both call this.
+    least (coarser, compresses better). Training and export both call this.
     """
     limit, weight = 2 ** (bits - 1) - 1, weight.float()
 
@@ -1523,8 +1501,7 @@ class QuantizationAware(nn.Module):
     """The training loss of the model that the artifact will hold: every matrix passes the export quantizer.
 
     Gradients pass straight through (arXiv 1308.3432), or through a soft rounding that hardens as the
-    learning-rate scale falls to 0. It shares the model's parameters; the model itself knows nothing of it.
-    Matrices of one width and precision are quantized as one, row after row: a small graph to compile.
+    learning-rate scale falls. Matrices of one width and precision are quantized as one: a small graph.
     """
 
     def __init__(self, model: GPT, settings: Settings) -> None:
@@ -1601,18 +1578,15 @@ def from_byte_planes(data: bytes, dtype: np.dtype) -> np.ndarray:
 
 
 def compress_smallest(payload: bytes, compressor: str = "zstd") -> bytes:
-    """Return the shortest of a few zstd frames, each with content size and checksum, or an xz stream.
-
-    No level is best on quantized weights: 22 varies by several percent, 1 (Huffman almost alone) is steady.
-    """
+    """Return the shortest of a few zstd frames, each with content size and checksum, or an xz stream."""
     if compressor == "lzma":
         return lzma.compress(payload, preset=6)
+    # No level is best on quantized weights: 22 varies by several percent, 1 (Huffman almost alone) is steady.
     base = zstandard.ZstdCompressionParameters.from_level
     options = {"source_size": len(payload), "write_checksum": True}
     candidates = [base(level, **options) for level in (1, 19, 22)] + [base(19, min_match=7, **options)]
-    return min(
-        (zstandard.ZstdCompressor(compression_params=c).compress(payload) for c in candidates), key=len
-    )
+    frames = (zstandard.ZstdCompressor(compression_params=c).compress(payload) for c in candidates)
+    return min(frames, key=len)
 
 
 def require(holds: bool, fault: str) -> None:
@@ -1633,10 +1607,7 @@ class Artifact(NamedTuple):
 
 
 def pack_artifact(weights: dict[str, Tensor], settings: Settings, tokenizer: Tokenizer, embed: bool) -> bytes:
-    """Return the artifact file of `weights`; `embed`: carry the tokenizer itself, not only its hash.
-
-    Raises NonFiniteError where a weight is not a finite number of float16's range.
-    """
+    """Return the artifact file; `embed`: with the tokenizer itself. NonFiniteError beyond float16's range."""
     s, tensors = settings, []
     columns: dict[str, list[np.ndarray]] = {dtype: [] for dtype in COLUMNS}
     for name, tensor in weights.items():
@@ -1667,18 +1638,14 @@ def stored_settings(values: Mapping[str, object]) -> Settings:
     for name, default in expected.items():
         require(type(values[name]) is type(default), f"its header gives {name} as {values[name]!r}")
     try:
-        # Batch sizes play no part in an artifact: these satisfy their rules.
-        return Settings(**values, eval_only="artifact", val_batch_size=2**30)
+        return Settings(**values, eval_only="artifact", val_batch_size=2**30)  # batches that break no rule
     except SettingError as error:
         raise ValueError(f"its header is not valid: {error}") from error
 
 
 def check_tensors(tensors: list, settings: Settings) -> list[tuple[str, list[int], str]]:
-    """Return the header's tensor list, or raise ValueError unless it is the one that `settings` call for.
-
-    The model is built on the meta device: shapes without memory.
-    """
-    with torch.device("meta"):
+    """Return the header's tensor list, or raise ValueError unless it is the one that `settings` call for."""
+    with torch.device("meta"):  # shapes without memory
         expected = {name: list(parameter.shape) for name, parameter in GPT(settings).named_parameters()}
     same = {name: shape for name, shape, _ in tensors} == expected and len(tensors) == len(expected)
     require(same, "its tensors are not those of the model that its settings describe")
@@ -2664,10 +2631,7 @@ def load_batches(
 
 
 def warm_up(model: GPT, losses, stream: TokenStream, settings: Settings, process: Process, log: Log) -> None:
-    """Run WARMUP_STEPS real steps of each of `losses` before the clock, then restore the weights.
-
-    Primes compiler and caches: also of the loss that quantization-aware training switches to later.
-    """
+    """Prime compiler and caches by WARMUP_STEPS real steps of each of `losses`, then restore the weights."""
     saved = [parameter.detach().clone() for parameter in model.parameters()]
     optimizers, total = Optimizers(model, settings, process), settings.warmup_steps * len(losses)
     for step in range(total):
@@ -2682,8 +2646,7 @@ def warm_up(model: GPT, losses, stream: TokenStream, settings: Settings, process
 def choose_weights(averages: Averages, model: GPT, batches: list, process: Process, log: Log) -> dict:
     """Return the weights to export, of several candidates those with the least loss on all ranks' `batches`.
 
-    These are the training tokens after the last step's, not trained on unless the stream has begun anew: the
-    choice never sees validation text.
+    These are training tokens after the last step's, not trained on unless the stream began anew; never val.
     """
     candidates, losses = averages.candidates(), {}
     for name, weights in candidates.items() if len(candidates) > 1 else ():

@@ -516,7 +516,7 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
         rank, world_size, local_rank = (int(text) if text.isdecimal() else -1 for text in texts)
         if not 0 <= rank < world_size or local_rank < 0 or "MASTER_ADDR" not in mapping:
             raise SettingError(f"RANK, WORLD_SIZE, LOCAL_RANK={texts} are not torchrun's; use torchrun")
-    slots, gpus = settings.micro_batch_slots, torch.cuda.device_count()
+    slots, gpus = settings.micro_batch_slots, torch.cuda.is_available() and torch.cuda.device_count()
     if slots % world_size:
         raise SettingError(f"WORLD_SIZE={world_size} must divide MICRO_BATCH_SLOTS={slots}; change one")
     if gpus and local_rank >= gpus:

@@ -82,29 +82,24 @@ class RunError(Exception):
 
     exit_code = 1
 
+    def __init_subclass__(cls, exit_code: int) -> None:
+        cls.exit_code = exit_code
 
-class SettingError(RunError):
+
+class SettingError(RunError, exit_code=2):
     """A setting, or a combination of settings, breaks a rule."""
 
-    exit_code = 2
 
-
-class SizeError(RunError):
+class SizeError(RunError, exit_code=3):
     """Code and weights together exceed the contest's limit."""
 
-    exit_code = 3
 
-
-class DataError(RunError):
+class DataError(RunError, exit_code=5):
     """An input file (shard, tokenizer, manifest, artifact) is missing, damaged or of the wrong kind."""
 
-    exit_code = 5
 
-
-class NonFiniteError(RunError):
+class NonFiniteError(RunError, exit_code=6):
     """A loss, a weight or a score is infinite or not a number."""
-
-    exit_code = 6
 
 
 # Recipes are written as a person would type them; blanks between variables, the last of a name wins. First
@@ -459,12 +454,10 @@ class Process:
         return bank.chunk(self.world_size)[self.rank]
 
     def start_sum(self, bank: Tensor, own_only: bool) -> list:
-        """Start adding `bank` over all ranks, in place; wait for the handles. `own_only`: just `own(bank)`.
-
-        Where ranks have no GPU the sum is whole in any case: gloo has not always had a reduce-scatter.
-        """
+        """Start adding `bank` (`own_only`: `own(bank)` alone) over all ranks; wait for the handles."""
         if self.world_size == 1:
             return []
+        # Where ranks have no GPU the sum is whole in any case: gloo has not always had a reduce-scatter.
         if own_only and bank.is_cuda:
             return [dist.reduce_scatter(self.own(bank), list(bank.chunk(self.world_size)), async_op=True)]
         return [dist.all_reduce(bank, async_op=True)]
@@ -759,10 +752,8 @@ class Tokenizer:
         return bytes.fromhex(text[3:5]) if self.model.is_byte(token) else spaced
 
     def byte_table(self, exact: bool) -> ByteTable:
-        """Return the table that adds up to the raw documents (`exact`), or the contest's.
-
-        In the contest's a space that follows a marker is free (parameter-golf, build_sentencepiece_luts).
-        """
+        """Return the table that adds up to the raw documents (`exact`), or the contest's."""
+        # In the contest's a space that follows a marker is free (parameter-golf, build_sentencepiece_luts).
         base = np.array([len(piece) for piece in self.pieces], dtype=np.uint16)
         leading_space, boundary = np.zeros(len(base), dtype=bool), base == 0
         for token in [] if exact or self.model is None else np.flatnonzero(~boundary).tolist():
@@ -1276,8 +1267,8 @@ class Muon:
     Update: buffer = momentum * buffer + gradient; u = orthogonalize(gradient + momentum * buffer);
     p = (1 - lr * decay) * p - lr * sqrt(max(1, rows / columns)) * u (Keller Jordan's Muon). Each rank
     orthogonalizes its own slice of every bank. Sums of gradients run while AdamW steps (unless it needs the
-    clipping norm), a bank's updates travel while the next bank is worked on. PARALLEL_MUON (#864) scatters
-    the sums, each rank getting its slice; otherwise every rank gets all. Both compute the same.
+    clipping norm), a bank's updates travel while the next bank is worked on. PARALLEL_MUON (#864) gives each
+    rank its slice of the sums alone.
     """
 
     def __init__(self, matrices: list[nn.Parameter], settings: Settings, process: Process) -> None:
@@ -1285,9 +1276,8 @@ class Muon:
         dtype = torch.bfloat16 if process.device.type == "cuda" else torch.float32
         groups = [[m for m in matrices if m.shape == s] for s in dict.fromkeys(m.shape for m in matrices)]
         for group in sorted(groups, key=lambda group: -len(group) * group[0].numel()):
-            own = -(-len(group) // process.world_size)
-            size = (own * process.world_size, *group[0].shape)
-            gradient, update = torch.zeros(2, *size, device=process.device)
+            own, shape = -(-len(group) // process.world_size), group[0].shape
+            gradient, update = torch.zeros(2, own * process.world_size, *shape, device=process.device)
             self.banks.append(Bank(group, gradient, torch.zeros_like(gradient[:own]), update.to(dtype), []))
             for matrix, view in zip(group, gradient, strict=False):
                 matrix.grad = view
@@ -1416,10 +1406,8 @@ class Averages:
             torch._foreach_lerp_(list(self.swa.values()), source, 1 / self.snapshots)
 
     def candidates(self) -> dict[str, dict[str, Tensor]]:
-        """Return the weights to export, or under AVERAGE=best all that there are, by name.
-
-        An average without a single update is the weights themselves; an SWA without snapshot is the EMA.
-        """
+        """Return the weights to export, or under AVERAGE=best all that there are, by name."""
+        # An average without a single update is the weights themselves; an SWA without snapshot is the EMA.
         raw, average = {name: p.detach() for name, p in self.live.items()}, self.settings.average
         found = {"raw": raw, "ema": self.ema or raw, "swa": self.swa or self.ema or raw}
         if average == "mean":
@@ -2616,17 +2604,14 @@ class LossWatch:
 def load_batches(
     stream: TokenStream, step: int, settings: Settings, process: Process, clock: Clock
 ) -> tuple[list[Tensor], float]:
-    """Return this rank's micro-batches of `step` (slot s: rank s modulo world size) and rank 0's clock in ms.
-
-    A bad token that one rank meets is raised on all, so that nobody waits for it in a collective.
-    """
+    """Return this rank's micro-batches of `step` (slot s: rank s mod world size) and rank 0's clock in ms."""
     batches, failure = [], None
     try:
         slots = range(process.rank, settings.micro_batch_slots, process.world_size)
         batches = [stream.batch(step, slot) for slot in slots]
         batches = [batch.pin_memory() for batch in batches] if process.device.type == "cuda" else batches
     except (DataError, OSError) as error:
-        failure = error
+        failure = error  # raised on all ranks, so that nobody waits for this one in a collective
     return batches, process.agree(clock.read_ms(), failure)
 
 

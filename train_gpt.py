@@ -82,122 +82,95 @@ class RunError(Exception):
 
     exit_code = 1
 
+    def __init_subclass__(cls, exit_code: int) -> None:
+        cls.exit_code = exit_code
 
-class SettingError(RunError):
+
+class SettingError(RunError, exit_code=2):
     """A setting, or a combination of settings, breaks a rule."""
 
-    exit_code = 2
 
-
-class SizeError(RunError):
+class SizeError(RunError, exit_code=3):
     """Code and weights together exceed the contest's limit."""
 
-    exit_code = 3
 
-
-class DataError(RunError):
+class DataError(RunError, exit_code=5):
     """An input file (shard, tokenizer, manifest, artifact) is missing, damaged or of the wrong kind."""
 
-    exit_code = 5
 
-
-class NonFiniteError(RunError):
+class NonFiniteError(RunError, exit_code=6):
     """A loss, a weight or a score is infinite or not a number."""
 
-    exit_code = 6
 
-
-# What the five reference submissions share; the four with 11 layers; 890, 779 and 834; the last two.
-REFERENCE = """
-    TRAIN_SEQ_LEN=2048 WARMDOWN_ITERS=3500 TIED_EMBED_LR=0.035 MATRIX_LR=0.025 SCALAR_LR=0.025
+# Recipes are written as a person would type them; blanks between variables, the last of a name wins. First
+# what the five reference submissions share; the four with 11 layers; 890, 779 and 834; the last two.
+REFERENCE = """TRAIN_SEQ_LEN=2048 WARMDOWN_ITERS=3500 TIED_EMBED_LR=0.035 MATRIX_LR=0.025 SCALAR_LR=0.025
     MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500
-    MUON_WD=0.04 ADAM_WD=0.04 QUANT_SEARCH=1 QUANT_SCALE_FLOOR=1 FP16_MAX_NUMEL=65536
-"""
-ELEVEN = f"""{REFERENCE}
-    NUM_LAYERS=11 MLP_ACTIVATION=leaky2 ROPE_DIMS=16 ROPE_NTK_LENGTH=1024 SMEAR_GATE=half GRAD_CLIP_NORM=0.3
-    TRAIN_BATCH_TOKENS=786432 VAL_LOSS_EVERY=4000 TRAIN_LOG_EVERY=500 AVERAGE=best
-"""
-WIDE = f"""{ELEVEN}
-    NUM_KV_HEADS=8 MLP_MULT=3.5 LN_SCALE=norm VE_LAYERS=9,10 XSA_LAST_N=11 MATRIX_INIT=scaled
-    QAT_START=scale:0.5 MATRIX_BITS=5
-"""
+    MUON_WD=0.04 ADAM_WD=0.04 QUANT_SEARCH=1 QUANT_SCALE_FLOOR=1 FP16_MAX_NUMEL=65536"""
+ELEVEN = f"""{REFERENCE} NUM_LAYERS=11 MLP_ACTIVATION=leaky2 ROPE_DIMS=16 ROPE_NTK_LENGTH=1024 SMEAR_GATE=half
+    GRAD_CLIP_NORM=0.3 TRAIN_BATCH_TOKENS=786432 VAL_LOSS_EVERY=4000 TRAIN_LOG_EVERY=500 AVERAGE=best"""
+WIDE = f"""{ELEVEN} NUM_KV_HEADS=8 MLP_MULT=3.5 LN_SCALE=norm VE_LAYERS=9,10 XSA_LAST_N=11
+    MATRIX_INIT=scaled QAT_START=scale:0.5 MATRIX_BITS=5"""
 PRUNED = f"{WIDE} BIGRAM_VOCAB_SIZE=6144 MAX_WALLCLOCK_SECONDS=582 PRUNE_PCT=0.08 CROWN_Q_LAMBDA=0.01"
-# Recipes are written as a person would type them; several variables to a line, blanks between, the last wins.
 RECIPES = {
     # The contest's 9-layer baseline, 17,059,912 parameters: every default.
     "baseline": "",
     # Two CPU cores, two minutes on the standard library's source; records/README.md says what was tried.
-    "cpu": """
-        DATA_PATH=./data/datasets/stdlib TOKENIZER_PATH=./data/datasets/stdlib/tokenizer.model
+    "cpu": """DATA_PATH=./data/datasets/stdlib TOKENIZER_PATH=./data/datasets/stdlib/tokenizer.model
         VOCAB_SIZE=4000 NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=2 NUM_KV_HEADS=2 LOGIT_SOFTCAP=0
         ITERATIONS=100000 MAX_WALLCLOCK_SECONDS=120 WARMUP_STEPS=2 WARMDOWN_ITERS=320
         TRAIN_BATCH_TOKENS=4096 TRAIN_SEQ_LEN=256 MICRO_BATCH_SLOTS=2 DATA_LANES=32
         TIED_EMBED_LR=0.02 MATRIX_LR=0.02 SCALAR_LR=0.02 MUON_MOMENTUM=0.85 EMA_DECAY=0.98
-        TRAIN_LOG_EVERY=10 VAL_LOSS_EVERY=0 VAL_BATCH_SIZE=8192
-    """,
+        TRAIN_LOG_EVERY=10 VAL_LOSS_EVERY=0 VAL_BATCH_SIZE=8192""",
     # Seconds, for tests: every stage runs, nothing is learned worth having.
-    "smoke": """
-        VOCAB_SIZE=384 NUM_LAYERS=3 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2
+    "smoke": """VOCAB_SIZE=384 NUM_LAYERS=3 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2
         ITERATIONS=4 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=1 WARMDOWN_ITERS=2
         TRAIN_BATCH_TOKENS=512 TRAIN_SEQ_LEN=32 MICRO_BATCH_SLOTS=2 DATA_LANES=4
-        TRAIN_LOG_EVERY=2 VAL_LOSS_EVERY=2 VAL_BATCH_SIZE=1024 EVAL_STRIDE=8 EMA_DECAY=0.8
-    """,
+        TRAIN_LOG_EVERY=2 VAL_LOSS_EVERY=2 VAL_BATCH_SIZE=1024 EVAL_STRIDE=8 EMA_DECAY=0.8""",
     # The five reference submissions, by pull request of openai/parameter-golf: what their code does, not what
-    # their READMEs say. Repaired where the code never acted: quantization-aware training (the compiler had
-    # folded its switch away, or no weight passed through it) acts, uses the exporter's own quantizer and
-    # reaches the embeddings; SWA, collected and dropped by 890, 779 and 834, is a candidate for the export;
-    # weights are chosen on held-out training tokens (864: on validation text); the gradient norm that is
-    # clipped is global (864: local). 779's and 834's READMEs name a value residual and gated attention, their
-    # code has neither. Gains are stored as float32 (890, 779, 834: float16), percentiles searched per row.
+    # their READMEs say (779's, 834's: value residual, gated attention). Repaired where the code never acted:
+    # quantization-aware training (its switch folded away, or no weight passed through) uses the exporter's
+    # quantizer and reaches the embeddings; SWA, collected and dropped by 890, 779, 834, may be exported.
+    # Weights are chosen on held-out training tokens (864: validation text), the clipped norm is global (864:
+    # local), gains are stored as float32 (890, 779, 834: float16), percentiles searched per row.
     "pr890": f"{WIDE} BIGRAM_VOCAB_SIZE=4096 EVAL_STRIDE=32",
-    "pr810": f"""{REFERENCE}
-        NUM_LAYERS=10 MLP_MULT=3 SMEAR_GATE=twentieth BIGRAM_VOCAB_SIZE=2048 BIGRAM_HASH=linear XSA_LAST_N=4
-        PRE_ENRICH_DIM=768 UNET_LONGER_HALF=encoder EMBED_INIT=overtone MUON_SCOPE=lookup MUON_WD_ORDER=after
-        AVERAGE=mean QAT_START=step0 MATRIX_BITS=6 LOOKUP_BITS=6 EMBED_BITS=16 COMPRESSOR=lzma
-    """,
-    # Both leave 18 seconds of the clock to the export.
-    "pr779": PRUNED,
-    # Its learned gate head, 3,591 parameters more, belongs to its n-gram rule.
-    "pr834": PRUNED,
+    "pr810": f"""{REFERENCE} NUM_LAYERS=10 MLP_MULT=3 SMEAR_GATE=twentieth BIGRAM_VOCAB_SIZE=2048
+        BIGRAM_HASH=linear XSA_LAST_N=4 PRE_ENRICH_DIM=768 UNET_LONGER_HALF=encoder EMBED_INIT=overtone
+        MUON_SCOPE=lookup MUON_WD_ORDER=after AVERAGE=mean QAT_START=step0 MATRIX_BITS=6 LOOKUP_BITS=6
+        EMBED_BITS=16 COMPRESSOR=lzma""",
+    "pr779": PRUNED,  # both leave 18 seconds of the clock to the export
+    "pr834": PRUNED,  # its learned gate head, 3,591 parameters more, belongs to its n-gram rule
     # BIGRAM_VOCAB_SIZE=1536 is the model of its seeds 42 and 2024. The first block's value-residual weights,
     # which nothing read, act: that block mixes its values with themselves.
-    "pr864": f"""{ELEVEN}
-        MLP_MULT=3 BIGRAM_VOCAB_SIZE=1024 XSA_LAST_N=4 VALUE_RESIDUAL=1 GATED_ATTN=1 MATRIX_INIT=orthogonal
-        PARALLEL_MUON=1 MUON_SCOPE=matrix SWA_SOURCE=ema QAT_START=time:0.85 MATRIX_BITS=6 LOOKUP_BITS=6
-        EMBED_BITS=16
-    """,
+    "pr864": f"""{ELEVEN} MLP_MULT=3 BIGRAM_VOCAB_SIZE=1024 XSA_LAST_N=4 VALUE_RESIDUAL=1 GATED_ATTN=1
+        MATRIX_INIT=orthogonal PARALLEL_MUON=1 MUON_SCOPE=matrix SWA_SOURCE=ema QAT_START=time:0.85
+        MATRIX_BITS=6 LOOKUP_BITS=6 EMBED_BITS=16""",
 }
 
-# Names of other submissions for what has one name here, old:new, and names that no submission ever read.
-RENAMED = """
-    LEAKY_RELU:MLP_ACTIVATION MLP_MULT_ENCODER:MLP_MULT MLP_MULT_DECODER:MLP_MULT VE_ENABLED:VE_LAYERS
-    USE_BIGRAMHASH:BIGRAM_VOCAB_SIZE USE_SMEARGATE:SMEAR_GATE USE_VALUE_RESIDUAL:VALUE_RESIDUAL
-    USE_GATED_ATTENTION:GATED_ATTN SWA_ENABLED:AVERAGE SWA_START_FRAC:SWA_START_SCALE QAT_ENABLED:QAT_START
-    LATE_QAT_THRESHOLD:QAT_START USE_LATE_QAT:QAT_START QAT_TIME_FRAC:QAT_START INT6_LAST_N:MATRIX_BITS
+# Names of other submissions: those that a setting here stands for, old:new; the rest by what to do instead.
+RENAMED = """LEAKY_RELU:MLP_ACTIVATION MLP_MULT_ENCODER:MLP_MULT MLP_MULT_DECODER:MLP_MULT SWA_ENABLED:AVERAGE
+    VE_ENABLED:VE_LAYERS USE_BIGRAMHASH:BIGRAM_VOCAB_SIZE USE_SMEARGATE:SMEAR_GATE INT6_LAST_N:MATRIX_BITS
+    USE_VALUE_RESIDUAL:VALUE_RESIDUAL USE_GATED_ATTENTION:GATED_ATTN SWA_START_FRAC:SWA_START_SCALE
+    QAT_ENABLED:QAT_START LATE_QAT_THRESHOLD:QAT_START USE_LATE_QAT:QAT_START QAT_TIME_FRAC:QAT_START
     NGRAM_ORDER:NGRAM_MAX_ORDER NGRAM_ENT_BASE:NGRAM_ALPHA_MIN NGRAM_ENABLED:PSEUDO NGRAM_EVAL:PSEUDO
-    USE_MIXER:PSEUDO MIXER_HEAD:PSEUDO
-"""
-REFUSED_NAMES = {
-    "USE_EMA": "set EMA_DECAY, 0 switches the average off",
-    "TTT_ONLY": "set EVAL_ONLY to an artifact",
-    "SKIP_SLIDING": "set EVAL_STRIDE to the window length for a fast score",
-    "RUN_CONFIG": "choose a RECIPE",
-    "WEIGHT_DECAY": "set MUON_WD for matrices, ADAM_WD for the rest",
-    "GRAD_ACCUM_STEPS": "set MICRO_BATCH_SLOTS, the ranks share its slots",
-    "CONTROL_TENSOR_NAME_PATTERNS": "parameter_role decides, unset it",
-    "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "parameter_role decides, unset it",
-    "NGRAM_ALPHA": "set NGRAM_ALPHA_MIN and NGRAM_ALPHA_MAX to it",
-    "NGRAM_ENT_RANGE": "set NGRAM_ALPHA_MAX to base plus range",
-}
-NEVER_READ = ("MUON_BETA2", "MIXER_ETA", "PPM_ALPHA", "USE_CACHE", "CACHE_ALPHA")
-REFUSED_NAMES |= dict.fromkeys(NEVER_READ, "nothing ever read it, unset it")
-REFUSED_NAMES |= dict.fromkeys(
-    ("NGRAM_TWO_PASS", "NGRAM_RESCORE_CHUNKS"), "no target is priced twice, unset it"
-)
+    USE_MIXER:PSEUDO MIXER_HEAD:PSEUDO"""
 RULES_OWN = "NGRAM_MIN_ORDER NGRAM_ENT_SCALE NGRAM_ENT_THRESH NGRAM_ENTROPY_CENTER NGRAM_ENTROPY_SCALE"
-REFUSED_NAMES |= dict.fromkeys(RULES_OWN.split(), "each rule of PSEUDO has its own, unset it")
+REMEDIES = {
+    "set EMA_DECAY, 0 switches the average off": "USE_EMA",
+    "set EVAL_ONLY to an artifact": "TTT_ONLY",
+    "set EVAL_STRIDE to the window length for a fast score": "SKIP_SLIDING",
+    "choose a RECIPE": "RUN_CONFIG",
+    "set MUON_WD for matrices, ADAM_WD for the rest": "WEIGHT_DECAY",
+    "set MICRO_BATCH_SLOTS, the ranks share its slots": "GRAD_ACCUM_STEPS",
+    "set NGRAM_ALPHA_MIN and NGRAM_ALPHA_MAX to it": "NGRAM_ALPHA",
+    "set NGRAM_ALPHA_MAX to base plus range": "NGRAM_ENT_RANGE",
+    "parameter_role decides, unset it": "CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS",
+    "nothing ever read it, unset it": "MUON_BETA2 MIXER_ETA PPM_ALPHA USE_CACHE CACHE_ALPHA",
+    "no target is priced twice, unset it": "NGRAM_TWO_PASS NGRAM_RESCORE_CHUNKS",
+    "each rule of PSEUDO has its own, unset it": RULES_OWN,
+}
+REFUSED_NAMES = {name: remedy for remedy, names in REMEDIES.items() for name in names.split()}
 REFUSED_NAMES |= {old: f"set {new}" for old, new in (pair.split(":") for pair in RENAMED.split())}
-
 
 # Variables of other tools whose names come close to a setting's.
 OTHER_TOOLS = {"COMPILER", "MODEL_DIR", "DATASET_PATH", "OMP_NUM_THREADS"}
@@ -222,19 +195,13 @@ def parse_setting(field: dataclasses.Field, text: str):
     """Return `text` as the type of `field`; a bool is 0 or 1 and nothing else, a number is finite."""
     if field.type == "str":
         return text
-    rule, convert = {
-        "bool": ("0 (off) or 1 (on)", {"0": False, "1": True}.__getitem__),
-        "int": ("a whole number", int),
-        "float": ("a finite number", float),
-    }[field.type]
-    try:
-        value = convert(text)
-        if math.isfinite(value):
+    rules = {"bool": "0 (off) or 1 (on)", "int": "a whole number", "float": "a finite number"}
+    convert = {"bool": {"0": False, "1": True}.__getitem__, "int": int, "float": float}[field.type]
+    with contextlib.suppress(ValueError, KeyError, OverflowError):
+        if math.isfinite(value := convert(text)):
             return value
-    except (ValueError, KeyError, OverflowError):
-        pass
-    doc = field.metadata["doc"]
-    raise SettingError(f"{field.name.upper()}={text!r} is not {rule}; the default is {field.default} ({doc})")
+    text = f"{field.name.upper()}={text!r} is not {rules[field.type]}"
+    raise SettingError(f"{text}; the default is {field.default} ({field.metadata['doc']})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,9 +304,7 @@ class Settings:
     eval_seq_len: int = setting(0, "tokens of a scoring window; 0: TRAIN_SEQ_LEN", 0, 2**17, stored="scoring")
     eval_stride: int = setting(64, "targets priced by each window but the first", 1, 2**17, stored="scoring")
     # hashed pseudo-scores; 0 is the rule's own value
-    pseudo: str = setting(
-        "none", "hashed evaluator to show", choices=("none", "pr864", "pr890", "pr779", "pr810", "pr834")
-    )
+    pseudo: str = choice("none pr864 pr890 pr779 pr810 pr834", "hashed evaluator to show")
     pseudo_sample: int = setting(20_000, "targets at which the pseudo-probabilities are summed", 1)
     ngram_buckets: int = setting(0, "buckets of each hashed table, a power of two; 0: the rule's", 0, 2**30)
     ngram_chunk_tokens: int = setting(0, "targets between updates of the tables; 0: the rule's", 0)
@@ -348,18 +313,13 @@ class Settings:
     ngram_alpha_min: float = setting(0.0, "weight of the tables at entropy 0; 0: the rule's", 0.0, 1.0)
     ngram_alpha_max: float = setting(0.0, "weight of the tables at high entropy; 0: the rule's", 0.0, 1.0)
     ngram_alpha_clip: float = setting(0.0, "weight times the order's factor at most; 0: the rule's", 0.0, 1.0)
-
     # exact n-gram cache
-    ngram_cache: str = setting(
-        "exact", "cache that the final score mixes in", choices=("exact", "none"), stored="scoring"
-    )
+    ngram_cache: str = choice("exact none", "cache that the final score mixes in", "scoring")
     cache_max_order: int = setting(16, "longest n-gram of the cache", 2, 64, stored="scoring")
     cache_document_order: int = setting(
-        4, "longest n-gram counted inside the document too; 0: none", 0, 64, stored="scoring"
+        4, "longest counted per document too; 0: none", 0, 64, stored="scoring"
     )
-    cache_chunk_tokens: int = setting(
-        512, "targets priced between updates of the gate", 1, 2**20, stored="scoring"
-    )
+    cache_chunk_tokens: int = setting(512, "targets between updates of the gate", 1, 2**20, stored="scoring")
     cache_hidden: int = setting(32, "hidden units of the gate", 1, 4_096, stored="scoring")
     cache_steps: int = setting(2, "Adam steps on each priced chunk", 1, 100, stored="scoring")
     cache_lr: float = setting(0.004, "Adam, gate; 0: the gate stays closed", 0.0, 1.0, stored="scoring")
@@ -381,50 +341,53 @@ class Settings:
         recipe = RECIPES.get(by_hand.get("RECIPE", fields["RECIPE"].default), "")
         row = dict(pair.split("=", 1) for pair in recipe.split())
         values = {name: parse_setting(fields[name], text) for name, text in row.items()}
-        for name, value in ((name.upper(), value) for name, value in (stored or {}).items()):
-            values[name] = value
-            if fields[name].metadata["stored"] == "shape" and by_hand.get(name, value) != value:
-                text = f"{name}={by_hand[name]!r} contradicts the artifact's {value!r}"
-                raise SettingError(f"{text}; unset {name}")
+        values |= {name.upper(): value for name, value in (stored or {}).items()}
+        for name in (field.upper() for field in stored or ()):
+            value, hand = values[name], by_hand.get(name, values[name])
+            if fields[name].metadata["stored"] == "shape" and hand != value:
+                raise SettingError(f"{name}={hand!r} contradicts the artifact's {value!r}; unset {name}")
         return cls(**{name.lower(): value for name, value in (values | by_hand).items()})
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            name, value, rule, problem = field.name.upper(), getattr(self, field.name), field.metadata, ""
+            name, value, rule, remedy = field.name.upper(), getattr(self, field.name), field.metadata, ""
             if rule["choices"] and value not in rule["choices"]:
-                problem = f"choose one of {', '.join(map(str, rule['choices']))}"
+                remedy = f"choose one of {', '.join(map(str, rule['choices']))}"
             elif rule["low"] is not None and not value >= rule["low"]:
-                problem = f"raise it to {rule['low']} at least"
+                remedy = f"raise it to {rule['low']} at least"
             elif rule["high"] is not None and not value <= rule["high"]:
-                problem = f"lower it to {rule['high']} at most"
-            if problem:
-                raise SettingError(f"{name}={value!r} is not allowed ({rule['doc']}): {problem}")
-        row = self.micro_batch_slots * self.train_seq_len
-        ragged = not self.eval_only and self.train_batch_tokens % row
-        val_row, kv_heads = self.micro_batch_slots * self.window, self.num_kv_heads
-        layers, sequence, dims = self.num_layers, self.train_seq_len, self.rope_dims
-        qat = re.fullmatch(r"off|step0|(scale|time):(0\.\d+|1)", self.qat_start)
-        no_ema = not self.ema_decay and (self.average == "mean" or self.swa_source == "ema")
-        no_qat = self.qat_start == "off" and (self.soft_round_qat or self.crown_q_lambda)
-        power = 1 << self.ngram_buckets.bit_length() >> 1
-        rules = (
-            ("MODEL_DIM", self.model_dim % self.num_heads, "a multiple of NUM_HEADS", self.num_heads),
-            ("NUM_HEADS", self.num_heads % kv_heads, "a multiple of NUM_KV_HEADS", kv_heads),
-            ("MODEL_DIM", self.head_dim % 2, "an even multiple of NUM_HEADS", self.num_heads),
-            ("MODEL_DIM", self.head_dim > 512, "at most 512 times NUM_HEADS", self.num_heads),
-            ("TRAIN_BATCH_TOKENS", ragged, "a multiple of slots times sequence", row),
-            ("VAL_BATCH_SIZE", self.val_batch_size < val_row, "at least MICRO_BATCH_SLOTS windows", val_row),
-            ("NGRAM_BUCKETS", self.ngram_buckets ^ power, "a power of two", f"{power} or {2 * power}"),
-            ("EVAL_STRIDE", self.eval_stride > self.window, "at most the scoring window", self.window),
-            ("XSA_LAST_N", self.xsa_last_n > layers, "at most NUM_LAYERS", layers),
-            ("VE_LAYERS", max(self.value_layers, default=0) >= layers, "numbers below NUM_LAYERS", layers),
-            ("ROPE_DIMS", dims % 2 or dims > self.head_dim, "even, at most a head's channels", self.head_dim),
-            ("MTP_NUM_HEADS", self.mtp_num_heads >= sequence, "below TRAIN_SEQ_LEN", sequence),
-            ("EMA_DECAY", no_ema, "above 0 for AVERAGE=mean and SWA_SOURCE=ema", self.average),
-            ("QAT_START", not qat, "off, step0, scale:<x> or time:<x> with x at most", 1),
-            ("QAT_START", no_qat, "on for SOFT_ROUND_QAT and CROWN_Q_LAMBDA", self.crown_q_lambda),
+                remedy = f"lower it to {rule['high']} at most"
+            if remedy:
+                raise SettingError(f"{name}={value!r} is not allowed ({rule['doc']}): {remedy}")
+        s, row, val_row = (
+            self,
+            self.micro_batch_slots * self.train_seq_len,
+            self.micro_batch_slots * self.window,
         )
-        for name, broken, rule, number in rules:
+        ragged = not s.eval_only and s.train_batch_tokens % row
+        rotary = s.rope_dims % 2 or s.rope_dims > s.head_dim
+        qat = re.fullmatch(r"off|step0|(scale|time):(0\.\d+|1)", s.qat_start)
+        no_ema = not s.ema_decay and (s.average == "mean" or s.swa_source == "ema")
+        no_qat = s.qat_start == "off" and (s.soft_round_qat or s.crown_q_lambda)
+        power = 1 << s.ngram_buckets.bit_length() >> 1
+        last = max(s.value_layers, default=0)
+        for name, broken, rule, number in (
+            ("MODEL_DIM", s.model_dim % s.num_heads, "a multiple of NUM_HEADS", s.num_heads),
+            ("NUM_HEADS", s.num_heads % s.num_kv_heads, "a multiple of NUM_KV_HEADS", s.num_kv_heads),
+            ("MODEL_DIM", s.head_dim % 2, "an even multiple of NUM_HEADS", s.num_heads),
+            ("MODEL_DIM", s.head_dim > 512, "at most 512 times NUM_HEADS", s.num_heads),
+            ("TRAIN_BATCH_TOKENS", ragged, "a multiple of slots times sequence", row),
+            ("VAL_BATCH_SIZE", s.val_batch_size < val_row, "at least MICRO_BATCH_SLOTS windows", val_row),
+            ("NGRAM_BUCKETS", s.ngram_buckets ^ power, "a power of two", f"{power} or {2 * power}"),
+            ("EVAL_STRIDE", s.eval_stride > s.window, "at most the scoring window", s.window),
+            ("XSA_LAST_N", s.xsa_last_n > s.num_layers, "at most NUM_LAYERS", s.num_layers),
+            ("VE_LAYERS", last >= s.num_layers, "numbers below NUM_LAYERS", s.num_layers),
+            ("ROPE_DIMS", rotary, "even, at most a head's channels", s.head_dim),
+            ("MTP_NUM_HEADS", s.mtp_num_heads >= s.train_seq_len, "below TRAIN_SEQ_LEN", s.train_seq_len),
+            ("EMA_DECAY", no_ema, "above 0 for AVERAGE=mean and SWA_SOURCE=ema", s.average),
+            ("QAT_START", not qat, "off, step0, scale:<x> or time:<x> with x at most", 1),
+            ("QAT_START", no_qat, "on for SOFT_ROUND_QAT and CROWN_Q_LAMBDA", s.crown_q_lambda),
+        ):
             if broken:
                 value = getattr(self, name.lower())
                 raise SettingError(f"{name}={value!r} must be {rule} ({number}); change one of them")
@@ -442,8 +405,7 @@ class Settings:
     @property
     def value_layers(self) -> tuple[float, ...]:
         """Blocks with a value embedding, in order; what is not a number lies beyond every model."""
-        layers = {int(x) if x.isdecimal() else math.inf for x in self.ve_layers.split(",") if x}
-        return tuple(sorted(layers))
+        return tuple(sorted({int(x) if x.isdecimal() else math.inf for x in self.ve_layers.split(",") if x}))
 
     @property
     def window(self) -> int:
@@ -492,15 +454,12 @@ class Process:
         return bank.chunk(self.world_size)[self.rank]
 
     def start_sum(self, bank: Tensor, own_only: bool) -> list:
-        """Start adding `bank` over all ranks, in place; wait for the handles. `own_only`: just `own(bank)`.
-
-        Where ranks have no GPU the sum is whole in any case: gloo has not always had a reduce-scatter.
-        """
+        """Start adding `bank` (`own_only`: `own(bank)` alone) over all ranks; wait for the handles."""
         if self.world_size == 1:
             return []
+        # Where ranks have no GPU the sum is whole in any case: gloo has not always had a reduce-scatter.
         if own_only and bank.is_cuda:
-            chunks = list(bank.chunk(self.world_size))
-            return [dist.reduce_scatter(self.own(bank), chunks, async_op=True)]
+            return [dist.reduce_scatter(self.own(bank), list(bank.chunk(self.world_size)), async_op=True)]
         return [dist.all_reduce(bank, async_op=True)]
 
     def start_gather(self, bank: Tensor) -> list:
@@ -511,18 +470,14 @@ class Process:
 
     def agree(self, elapsed_ms: float, failure: Exception | None) -> float:
         """Return rank 0's `elapsed_ms` on every rank; raise on every rank if any rank brings a `failure`."""
-        if self.world_size == 1:
-            if failure:
-                raise failure
-            return elapsed_ms
-        mine = [elapsed_ms if self.is_main else 0.0, float(failure is not None)]
-        shared = torch.tensor(mine, dtype=torch.float64)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        if shared[1]:
-            failures: list[Exception | None] = [None] * self.world_size
-            dist.all_gather_object(failures, failure)
+        mine = [elapsed_ms if self.is_main else 0.0, failure is not None]
+        agreed_ms, failed = self.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+        if failed:
+            failures = [failure] * self.world_size
+            if self.world_size > 1:
+                dist.all_gather_object(failures, failure)
             raise next(error for error in failures if error)
-        return float(shared[0])
+        return agreed_ms
 
     def share(self, text: str) -> str:
         """Return rank 0's `text` on every rank."""
@@ -547,33 +502,28 @@ class Process:
 
 @contextlib.contextmanager
 def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Process]:
-    """Yield this process; joins the group when torchrun set RANK and WORLD_SIZE, and leaves it at the end.
-
-    Raises SettingError where the ranks cannot share out MICRO_BATCH_SLOTS evenly.
-    """
-    numbers = [0, 1, 0]
+    """Yield this process, in torchrun's group if there is one; SettingError if ranks cannot share slots."""
+    rank, world_size, local_rank = 0, 1, 0
     if "RANK" in mapping and "WORLD_SIZE" in mapping:
         texts = [mapping["RANK"], mapping["WORLD_SIZE"], mapping.get("LOCAL_RANK", mapping["RANK"])]
-        numbers = [int(text) if text.isdecimal() else -1 for text in texts]
-        if not 0 <= numbers[0] < numbers[1] or numbers[2] < 0 or "MASTER_ADDR" not in mapping:
+        rank, world_size, local_rank = (int(text) if text.isdecimal() else -1 for text in texts)
+        if not 0 <= rank < world_size or local_rank < 0 or "MASTER_ADDR" not in mapping:
             raise SettingError(f"RANK, WORLD_SIZE, LOCAL_RANK={texts} are not torchrun's; use torchrun")
-    rank, world_size, local_rank = numbers
-    slots, gpus = settings.micro_batch_slots, torch.cuda.device_count()
+    slots, gpus = settings.micro_batch_slots, torch.cuda.is_available() and torch.cuda.device_count()
     if slots % world_size:
         raise SettingError(f"WORLD_SIZE={world_size} must divide MICRO_BATCH_SLOTS={slots}; change one")
-    if torch.cuda.is_available():
-        if local_rank >= gpus:
-            raise SettingError(f"LOCAL_RANK={local_rank} has no GPU of {gpus}; lower --nproc_per_node")
-        device = torch.device("cuda", local_rank)
+    if gpus and local_rank >= gpus:
+        raise SettingError(f"LOCAL_RANK={local_rank} has no GPU of {gpus}; lower --nproc_per_node")
+    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+    if gpus:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     else:
-        device = torch.device("cpu")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(settings.seed)
     if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     try:
         yield Process(rank, world_size, device)
     finally:
@@ -606,17 +556,16 @@ class Log:
 
     def step(self, event: str, step: int, total: int, train_time_ms: float, **values: float) -> None:
         """Write a step's numbers in the contest's line shape."""
-        numbers = " ".join(f"{name}:{value:.4f}" for name, value in values.items())
-        timing = f"train_time:{train_time_ms:.0f}ms step_avg:{train_time_ms / max(step, 1):.2f}ms"
-        line = f"step:{step}/{total} {numbers} {timing}"
+        line = f"step:{step}/{total} " + " ".join(f"{name}:{value:.4f}" for name, value in values.items())
+        line += f" train_time:{train_time_ms:.0f}ms step_avg:{train_time_ms / max(step, 1):.2f}ms"
         self.event(event, line, step=step, train_time_ms=train_time_ms, **values)
 
     def close(self, error: object = None) -> None:
         """Write the error that ended the run, if one did (rank 0's console: stderr), and close both files."""
+        if error and self.files:
+            for file in (sys.stderr, self.files[0]):
+                print(f"error: {error}", file=file)
         for file in self.files:
-            if error and file is self.files[0]:
-                print(f"error: {error}", file=sys.stderr)
-                file.write(f"error: {error}\n")
             file.close()
 
 
@@ -624,9 +573,7 @@ class Clock:
     """A stopwatch that waits for the device at start and stop: queued work counts where it belongs."""
 
     def __init__(self, process: Process) -> None:
-        self.process = process
-        self.total_ms = 0.0
-        self.started: float | None = None
+        self.process, self.total_ms, self.started = process, 0.0, None
 
     def start(self) -> None:
         """Start, or go on."""
@@ -663,9 +610,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 # documents: where a manifest states them, they must be met exactly.
 # ============================================================================================================
 
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
-SHARD_HEADER_BYTES = 1024
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 MARKER_ID = 1  # begin-of-document token of the contest's shards and of data/text.py
 WORD_START = "\u2581"  # SentencePiece writes a space like this
 
@@ -698,9 +643,8 @@ def open_shard(path: Path) -> np.ndarray:
         raise DataError(f"{path}: shard version {version} is not {SHARD_VERSION}; make the shard anew")
     if tokens < 0 or size != expected:
         raise DataError(f"{path}: {size} bytes are not the {expected} of its {tokens} tokens; get it anew")
-    if tokens == 0:
-        return np.zeros(0, dtype="<u2")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,))
+    # An empty file cannot be mapped.
+    return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (tokens,)) if tokens else np.zeros(0, "<u2")
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
@@ -804,14 +748,12 @@ class Tokenizer:
         if self.model.is_control(token) or self.model.is_unknown(token) or self.model.is_unused(token):
             return b""
         text = self.model.id_to_piece(token)
-        is_byte = self.model.is_byte(token)
-        return bytes([int(text[3:5], 16)]) if is_byte else text.replace(WORD_START, " ").encode()
+        spaced = text.replace(WORD_START, " ").encode()
+        return bytes.fromhex(text[3:5]) if self.model.is_byte(token) else spaced
 
     def byte_table(self, exact: bool) -> ByteTable:
-        """Return the table that adds up to the raw documents (`exact`), or the contest's.
-
-        In the contest's a space that follows a marker is free (parameter-golf, build_sentencepiece_luts).
-        """
+        """Return the table that adds up to the raw documents (`exact`), or the contest's."""
+        # In the contest's a space that follows a marker is free (parameter-golf, build_sentencepiece_luts).
         base = np.array([len(piece) for piece in self.pieces], dtype=np.uint16)
         leading_space, boundary = np.zeros(len(base), dtype=bool), base == 0
         for token in [] if exact or self.model is None else np.flatnonzero(~boundary).tolist():
@@ -821,16 +763,12 @@ class Tokenizer:
         return ByteTable(base, leading_space, boundary)
 
     def encode(self, data: bytes) -> list[int]:
-        """Return token ids with `decode(encode(data)) == data` for any bytes, invalid UTF-8 included.
-
-        A stretch that the model would not give back identically is emitted as byte pieces.
-        """
+        """Return token ids with `decode(encode(data)) == data` for any bytes, by byte pieces if need be."""
         text = data.decode("utf-8", errors="surrogateescape")
-        ids: list[int] = []
         # A literal U+2581 would come back as a space, an undecodable byte is not text: bytes for both.
-        for index, stretch in enumerate(re.split(f"([{WORD_START}\udc80-\udcff]+)", text)):
-            ids.extend(self._encode_bytes(stretch) if index % 2 else self._encode_text(stretch))
-        return ids
+        stretches = enumerate(re.split(f"([{WORD_START}\udc80-\udcff]+)", text))
+        encoders = (self._encode_text, self._encode_bytes)
+        return [token for index, stretch in stretches for token in encoders[index % 2](stretch)]
 
     def _encode_text(self, text: str) -> list[int]:
         """Encode valid text; what normalisation would change is cut down until characters go as bytes."""
@@ -844,8 +782,7 @@ class Tokenizer:
             if len(text) == 1 or text.isspace():
                 return self._encode_bytes(text)
             # One line of words: cut behind a space near the middle, so that words stay whole.
-            cut = text.rfind(" ", 1, len(text) // 2 + 1)
-            cut = cut if cut > 0 else len(text) // 2
+            cut = max(text.rfind(" ", 1, len(text) // 2 + 1), 0) or len(text) // 2
             parts = [text[:cut], text[cut:]]
         return [token for part in parts for token in self._encode_text(part)]
 
@@ -857,8 +794,7 @@ class Tokenizer:
 
     def decode(self, ids) -> bytes:
         """Return the bytes of a sequence of token ids; markers give none."""
-        pieces = self.pieces
-        return b"".join([pieces[token] for token in ids])
+        return b"".join(map(self.pieces.__getitem__, ids))
 
 
 def read_manifest(folder: Path) -> dict | None:
@@ -868,9 +804,9 @@ def read_manifest(folder: Path) -> dict | None:
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        for split in ("train", "val"):
-            _ = int(manifest["splits"][split]["bytes"]), str(manifest["splits"][split]["sha256"])
-        _ = str(manifest["tokenizer"]["sha256"]), bool(manifest["tokenizer"]["trained_here"])
+        splits, tokenizer = manifest["splits"], manifest["tokenizer"]
+        _ = [(int(splits[split]["bytes"]), splits[split]["sha256"]) for split in ("train", "val")]
+        _ = tokenizer["sha256"], tokenizer["trained_here"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not a manifest of data/text.py ({error!r}); make it anew") from error
     return manifest
@@ -890,15 +826,13 @@ class Dataset(NamedTuple):
 def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Dataset:
     """Open everything under DATA_PATH and check it; `carried` is the tokenizer that came with an artifact.
 
-    Raises DataError where a file is missing or damaged, where tokenizer and shards do not fit together, or
-    where the tokens' bytes are not those of the raw documents that the manifest counted; SettingError where
-    VOCAB_SIZE is not the tokenizer's.
+    Raises DataError where files are missing or damaged, do not fit together or do not add up to the bytes
+    that the manifest counted; SettingError where VOCAB_SIZE is not the tokenizer's.
     """
     folder = Path(settings.data_path)
     paths, manifest = find_shards(folder, "val"), read_manifest(folder)
     tokenizer = carried or Tokenizer.load(Path(settings.tokenizer_path))
-    size = len(tokenizer.pieces)
-    if size != settings.vocab_size:
+    if (size := len(tokenizer.pieces)) != settings.vocab_size:
         raise SettingError(f"VOCAB_SIZE={settings.vocab_size} is not the tokenizer's {size} pieces; set that")
     if manifest and manifest["tokenizer"]["sha256"] != tokenizer.sha256:
         raise DataError(f"{folder}: its shards were made with another tokenizer; set TOKENIZER_PATH to it")
@@ -1271,25 +1205,20 @@ def learning_rate_scale(step: int, elapsed_ms: float, settings: Settings) -> flo
     """
     if settings.warmdown_iters == 0:
         return 1.0
-    by_steps = (settings.iterations - step) / settings.warmdown_iters
     if settings.max_wallclock_seconds == 0:
-        return min(1.0, max(0.0, by_steps))
+        return min(1.0, max(0.0, (settings.iterations - step) / settings.warmdown_iters))
     remaining_ms = max(1000.0 * settings.max_wallclock_seconds - elapsed_ms, 0.0)
     warmdown_ms = settings.warmdown_iters * elapsed_ms / max(step, 1)
     return remaining_ms / warmdown_ms if remaining_ms <= warmdown_ms and warmdown_ms > 0 else 1.0
 
 
 def quantization_starts(step: int, elapsed_ms: float, scale: float, settings: Settings) -> bool:
-    """Return whether QAT_START is reached: the learning-rate scale below x, or a share x of time used up.
-
-    Without a wall-clock limit it is a share of ITERATIONS.
-    """
+    """Return whether QAT_START is reached: `scale` below x, or share x of time (or ITERATIONS) used up."""
     kind, _, threshold = settings.qat_start.partition(":")
+    if kind != "time":
+        return kind == "step0" or (kind == "scale" and scale < float(threshold))
     limit_ms = 1000.0 * settings.max_wallclock_seconds
-    share = elapsed_ms / limit_ms if limit_ms else step / settings.iterations
-    if kind in ("off", "step0"):
-        return kind == "step0"
-    return scale < float(threshold) if kind == "scale" else share >= float(threshold)
+    return (elapsed_ms / limit_ms if limit_ms else step / settings.iterations) >= float(threshold)
 
 
 def momentum_at(step: int, settings: Settings) -> float:
@@ -1323,7 +1252,7 @@ class Bank(NamedTuple):
     gradient: Tensor  # (padded, R, C); the matrices' .grad are its first slices
     momentum: Tensor  # (padded / ranks, R, C), this rank's own
     update: Tensor  # (padded, R, C)
-    arriving: list  # handles of sums under way
+    arriving: list  # handles of sums or updates under way
 
 
 def wait(handles: list) -> None:
@@ -1338,19 +1267,16 @@ class Muon:
     Update: buffer = momentum * buffer + gradient; u = orthogonalize(gradient + momentum * buffer);
     p = (1 - lr * decay) * p - lr * sqrt(max(1, rows / columns)) * u (Keller Jordan's Muon). Each rank
     orthogonalizes its own slice of every bank. Sums of gradients run while AdamW steps (unless it needs the
-    clipping norm), a bank's updates travel while the next bank is worked on. PARALLEL_MUON (#864) scatters
-    the sums, each rank getting its slice; otherwise every rank gets all. Both compute the same.
+    clipping norm), a bank's updates travel while the next bank is worked on. PARALLEL_MUON (#864) gives each
+    rank its slice of the sums alone.
     """
 
     def __init__(self, matrices: list[nn.Parameter], settings: Settings, process: Process) -> None:
-        self.settings, self.process = settings, process
-        shapes: dict[torch.Size, list[nn.Parameter]] = {}
-        for matrix in matrices:
-            shapes.setdefault(matrix.shape, []).append(matrix)
-        self.banks = []
+        self.settings, self.process, self.banks = settings, process, []
         dtype = torch.bfloat16 if process.device.type == "cuda" else torch.float32
-        for shape, group in sorted(shapes.items(), key=lambda item: -len(item[1]) * item[0].numel()):
-            own = -(-len(group) // process.world_size)
+        groups = [[m for m in matrices if m.shape == s] for s in dict.fromkeys(m.shape for m in matrices)]
+        for group in sorted(groups, key=lambda group: -len(group) * group[0].numel()):
+            own, shape = -(-len(group) // process.world_size), group[0].shape
             gradient, update = torch.zeros(2, own * process.world_size, *shape, device=process.device)
             self.banks.append(Bank(group, gradient, torch.zeros_like(gradient[:own]), update.to(dtype), []))
             for matrix, view in zip(group, gradient, strict=False):
@@ -1367,62 +1293,56 @@ class Muon:
             wait(bank.arriving)
         return [self.process.own(bank.gradient) for bank in self.banks]
 
-    def _apply(self, bank: Bank, arriving: list, lr: float) -> None:
+    def _apply(self, bank: Bank, lr: float) -> None:
         """Change the matrices of `bank` by its updates, once they are there."""
-        wait(arriving)
-        decay, (rows, columns) = 1 - lr * self.settings.muon_wd, bank.matrices[0].shape
+        wait(bank.arriving)
+        rows, columns = bank.matrices[0].shape
         changes = list(bank.update[: len(bank.matrices)].to(torch.float32).unbind())
-        for order in ("before", "after"):
-            if decay != 1 and self.settings.muon_wd_order == order:
-                torch._foreach_mul_(bank.matrices, decay)
-            if order == "before":
-                torch._foreach_add_(bank.matrices, changes, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+        if self.settings.muon_wd and self.settings.muon_wd_order == "before":
+            torch._foreach_mul_(bank.matrices, 1 - lr * self.settings.muon_wd)
+        torch._foreach_add_(bank.matrices, changes, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+        if self.settings.muon_wd and self.settings.muon_wd_order == "after":
+            torch._foreach_mul_(bank.matrices, 1 - lr * self.settings.muon_wd)
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float) -> None:
         """Update every matrix from its gradient."""
-        leaving: list[tuple[Bank, list]] = []
-        for bank in self.banks:
+        for place, bank in enumerate(self.banks):
             wait(bank.arriving)
             gradient = self.process.own(bank.gradient)
             bank.momentum.mul_(momentum).add_(gradient)
             direction = gradient.add(bank.momentum, alpha=momentum)
             self.process.own(bank.update).copy_(orthogonalize(direction, self.settings.muon_backend_steps))
-            leaving.append((bank, self.process.start_gather(bank.update)))
-            if len(leaving) > 1:
-                self._apply(*leaving.pop(0), lr)
-        for bank, arriving in leaving:
-            self._apply(bank, arriving, lr)
+            bank.arriving.extend(self.process.start_gather(bank.update))
+            if place:
+                self._apply(self.banks[place - 1], lr)
+        for bank in self.banks[-1:]:
+            self._apply(bank, lr)
 
 
 class Optimizers:
-    """The two optimizers, and every parameter's gradient in a buffer that is summed over ranks as a whole.
-
-    AdamW's buffer ends with the loss: one sum averages its gradients and the loss together.
-    """
+    """Both optimizers; AdamW's gradients are a buffer that ends with the loss: one sum averages them all."""
 
     def __init__(self, model: GPT, settings: Settings, process: Process) -> None:
-        self.settings, self.process = settings, process
-        named = list(model.named_parameters())
-        embed_lr = settings.tied_embed_lr if settings.tie_embeddings else settings.embed_lr
-        rates = {"embedding": embed_lr, "lookup": embed_lr, "head": settings.head_lr}
-        rates |= {"scalar": settings.scalar_lr, "projection": settings.scalar_lr, "matrix": 0.0}
+        self.settings, self.process, s = settings, process, settings
+        embed_lr = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
+        rates = {"embedding": embed_lr, "lookup": embed_lr, "head": s.head_lr}
+        rates |= {"scalar": s.scalar_lr, "projection": s.scalar_lr, "matrix": 0.0}
         roles: dict[str, list[nn.Parameter]] = {role: [] for role in rates}
-        for name, parameter in named:
+        for name, parameter in model.named_parameters():
             roles[parameter_role(name, parameter)].append(parameter)
         order = ("matrix", "projection", "lookup")
-        matrices = [p for role in order[: order.index(settings.muon_scope) + 1] for p in roles.pop(role)]
+        matrices = [p for role in order[: order.index(s.muon_scope) + 1] for p in roles.pop(role)]
         groups = [{"params": roles[role], "base_lr": rates[role]} for role in roles if roles[role]]
         others = [p for group in groups for p in group["params"]]
-        assert len(matrices) + len(others) == len(named) == len({id(p) for p in matrices + others})
-        self.flat = torch.zeros(sum(p.numel() for p in others) + 1, device=process.device)
-        views = self.flat[:-1].split([parameter.numel() for parameter in others])
-        for parameter, view in zip(others, views, strict=True):
+        assert sorted(map(id, matrices + others)) == sorted(map(id, model.parameters()))
+        sizes = [parameter.numel() for parameter in others]
+        self.flat = torch.zeros(sum(sizes) + 1, device=process.device)
+        for parameter, view in zip(others, self.flat[:-1].split(sizes), strict=True):
             parameter.grad = view.view_as(parameter)
-        betas, cuda = (settings.beta1, settings.beta2), process.device.type == "cuda"
-        options = {"eps": settings.adam_eps, "weight_decay": settings.adam_wd, "fused": cuda}
-        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, **options)
-        self.muon = Muon(matrices, settings, process)
+        options = {"eps": s.adam_eps, "weight_decay": s.adam_wd, "fused": process.device.type == "cuda"}
+        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=(s.beta1, s.beta2), **options)
+        self.muon = Muon(matrices, s, process)
 
     def gather(self, model, batches: list[Tensor]) -> Tensor:
         """Fill the gradient buffers from the micro-batches of all ranks; return the mean loss, ()."""
@@ -1460,11 +1380,10 @@ class Optimizers:
 
 
 class Averages:
-    """EMA and SWA of the weights, both float32.
+    """EMA and SWA of the weights, both float32; what AVERAGE does not use is not collected.
 
-    ema = decay * ema + (1 - decay) * weights after every step. swa = mean of the snapshots taken every
-    SWA_EVERY steps once the learning-rate scale is below SWA_START_SCALE (arXiv 1803.05407), of the weights
-    or of their EMA. What AVERAGE does not use is not collected.
+    ema = decay * ema + (1 - decay) * weights after every step. swa = mean of the snapshots of weights or EMA
+    taken every SWA_EVERY steps once the learning-rate scale is below SWA_START_SCALE (arXiv 1803.05407).
     """
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
@@ -1487,15 +1406,12 @@ class Averages:
             torch._foreach_lerp_(list(self.swa.values()), source, 1 / self.snapshots)
 
     def candidates(self) -> dict[str, dict[str, Tensor]]:
-        """Return the weights to export, or under AVERAGE=best all that there are, by name.
-
-        An average without a single update is the weights themselves; an SWA without snapshot is the EMA.
-        """
-        raw = {name: parameter.detach() for name, parameter in self.live.items()}
+        """Return the weights to export, or under AVERAGE=best all that there are, by name."""
+        # An average without a single update is the weights themselves; an SWA without snapshot is the EMA.
+        raw, average = {name: p.detach() for name, p in self.live.items()}, self.settings.average
         found = {"raw": raw, "ema": self.ema or raw, "swa": self.swa or self.ema or raw}
-        average = self.settings.average
         if average == "mean":
-            found["mean"] = {name: (found["ema"][name] + found["swa"][name]) / 2 for name in raw}
+            return {"mean": {name: (found["ema"][name] + found["swa"][name]) / 2 for name in raw}}
         return found if average == "best" else {average: found[average]}
 
     def moved(self, weights: dict[str, Tensor]) -> float:
@@ -1513,13 +1429,12 @@ class Averages:
 # compute with what the file will hold: `QuantizationAware` calls the exporter's own quantizer.
 # ============================================================================================================
 
-ARTIFACT_MAGIC = b"GOLFGPT\n"
-ARTIFACT_VERSION = 1
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFGPT\n", 1
 ARTIFACT_PREFIX = struct.Struct("<8sII")  # magic, version, bytes of the header
-MAX_HEADER_BYTES = 1_000_000
-MAX_PAYLOAD_BYTES = 2**30
+MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES = 1_000_000, 2**30
 BITS = {"int8": 8, "int6": 6, "int5": 5}  # kinds of quantized tensors
 FLOATS = {"float16": "<f2", "float32": "<f4"}  # kinds of all others
+COLUMNS = ("|i1", *FLOATS.values())  # NumPy types of all that is stored, in the order of the file
 SMALLEST_SCALE = 2.0**-24  # least positive float16
 PERCENTILES = (1.0, 0.99999, 0.9999, 0.9995, 0.999)  # of a row's absolute values, where QUANT_SEARCH clips
 XZ_MAGIC = b"\xfd7zXZ\0"
@@ -1536,8 +1451,7 @@ def quantize_rows(weight: Tensor, bits: int, search=False, floor=False) -> tuple
 
     Restored values are off by at most half a scale (and half the smallest scale for rows near zero), unless
     `search` clips a row at the percentile with the least squared error. `floor` keeps scales at 1 / limit at
-    least (coarser, compresses better): rows below 1 then have that scale, whatever the percentile. Training
-    and export both call this.
+    least (coarser, compresses better). Training and export both call this.
     """
     limit, weight = 2 ** (bits - 1) - 1, weight.float()
 
@@ -1564,20 +1478,18 @@ def prune(weight: Tensor, share: float) -> Tensor:
 
 def tensor_kind(name: str, tensor: Tensor, settings: Settings) -> str:
     """Return how a parameter is stored: matrices and tables quantized, gains and mixes in float32."""
-    role = parameter_role(name, tensor)
+    role, s = parameter_role(name, tensor), settings
     if role == "scalar":
         return "float32"
-    bits = {"lookup": settings.lookup_bits, "embedding": settings.embed_bits, "head": settings.embed_bits}
-    bits = bits.get(role, settings.matrix_bits)
-    return "float16" if bits == 16 or tensor.numel() <= settings.fp16_max_numel else f"int{bits}"
+    bits = {"lookup": s.lookup_bits, "embedding": s.embed_bits, "head": s.embed_bits}.get(role, s.matrix_bits)
+    return "float16" if bits == 16 or tensor.numel() <= s.fp16_max_numel else f"int{bits}"
 
 
 class QuantizationAware(nn.Module):
     """The training loss of the model that the artifact will hold: every matrix passes the export quantizer.
 
     Gradients pass straight through (arXiv 1308.3432), or through a soft rounding that hardens as the
-    learning-rate scale falls to 0. It shares the model's parameters; the model itself knows nothing of it.
-    Matrices of one width and precision are quantized as one, row after row: a small graph to compile.
+    learning-rate scale falls. Matrices of one width and precision are quantized as one: a small graph.
     """
 
     def __init__(self, model: GPT, settings: Settings) -> None:
@@ -1654,17 +1566,21 @@ def from_byte_planes(data: bytes, dtype: np.dtype) -> np.ndarray:
 
 
 def compress_smallest(payload: bytes, compressor: str = "zstd") -> bytes:
-    """Return the shortest of a few zstd frames, each with content size and checksum, or an xz stream.
-
-    No level is best on quantized weights: 22 varies by several percent, 1 (Huffman almost alone) is steady.
-    """
+    """Return the shortest of a few zstd frames, each with content size and checksum, or an xz stream."""
     if compressor == "lzma":
         return lzma.compress(payload, preset=6)
+    # No level is best on quantized weights: 22 varies by several percent, 1 (Huffman almost alone) is steady.
     base = zstandard.ZstdCompressionParameters.from_level
-    candidates = [base(level, source_size=len(payload), write_checksum=True) for level in (1, 19, 22)]
-    candidates.append(base(19, source_size=len(payload), min_match=7, write_checksum=True))
-    frames = [zstandard.ZstdCompressor(compression_params=c).compress(payload) for c in candidates]
+    options = {"source_size": len(payload), "write_checksum": True}
+    candidates = [base(level, **options) for level in (1, 19, 22)] + [base(19, min_match=7, **options)]
+    frames = (zstandard.ZstdCompressor(compression_params=c).compress(payload) for c in candidates)
     return min(frames, key=len)
+
+
+def require(holds: bool, fault: str) -> None:
+    """Raise ValueError with the `fault` of an artifact unless the condition `holds`."""
+    if not holds:
+        raise ValueError(fault)
 
 
 class Artifact(NamedTuple):
@@ -1679,61 +1595,51 @@ class Artifact(NamedTuple):
 
 
 def pack_artifact(weights: dict[str, Tensor], settings: Settings, tokenizer: Tokenizer, embed: bool) -> bytes:
-    """Return the artifact file of `weights`; `embed`: carry the tokenizer itself, not only its hash.
-
-    Raises NonFiniteError where a weight is not a finite number of float16's range.
-    """
-    tensors: list[list] = []
-    columns: dict[str, list[np.ndarray]] = {"|i1": [], "<f2": [], "<f4": []}
+    """Return the artifact file; `embed`: with the tokenizer itself. NonFiniteError beyond float16's range."""
+    s, tensors = settings, []
+    columns: dict[str, list[np.ndarray]] = {dtype: [] for dtype in COLUMNS}
     for name, tensor in weights.items():
-        kind, tensor = tensor_kind(name, tensor, settings), tensor.detach().float().cpu()
+        kind, tensor = tensor_kind(name, tensor, s), tensor.detach().float().cpu()
         tensors.append([name, list(tensor.shape), kind])
+        parts = (tensor.half() if kind == "float16" else tensor,)
         if kind in BITS:
-            search, floor = settings.quant_search, settings.quant_scale_floor
-            parts = quantize_rows(prune(tensor, settings.prune_pct), BITS[kind], search, floor)
-        else:
-            parts = (tensor.half() if kind == "float16" else tensor,)
+            parts = quantize_rows(prune(tensor, s.prune_pct), BITS[kind], s.quant_search, s.quant_scale_floor)
         if not bool(torch.isfinite(parts[-1]).all()):
             raise NonFiniteError(f"{name}: a weight is infinite or no number; lower the learning rates")
         for part, (dtype, _) in zip(parts, stored_parts(tensor.shape, kind), strict=True):
             columns[dtype].append(part.numpy().astype(dtype).reshape(-1))
     embedded = tokenizer.source if embed else b""
     payload = b"".join([*(byte_planes(np.concatenate(c)) for c in columns.values() if c), embedded])
-    header = {"settings": settings.stored_values(), "tensors": tensors}
-    header["tokenizer"] = {"sha256": tokenizer.sha256, "bytes": len(embedded)}
+    named = {"sha256": tokenizer.sha256, "bytes": len(embedded)}
+    header = {"settings": s.stored_values(), "tensors": tensors, "tokenizer": named}
     header_bytes = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
     prefix = ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(header_bytes))
-    body = prefix + header_bytes + compress_smallest(payload, settings.compressor)
+    body = prefix + header_bytes + compress_smallest(payload, s.compressor)
     return body + hashlib.sha256(body).digest()
 
 
 def stored_settings(values: Mapping[str, object]) -> Settings:
     """Return Settings with an artifact's stored values; raises ValueError unless they are all valid."""
     expected = Settings().stored_values()
-    if not isinstance(values, dict) or values.keys() != expected.keys():
-        raise ValueError("its header does not hold the settings that this script stores")
+    same = isinstance(values, dict) and values.keys() == expected.keys()
+    require(same, "its header does not hold the settings that this script stores")
     for name, default in expected.items():
-        if type(values[name]) is not type(default):
-            raise ValueError(f"its header gives {name} as {values[name]!r}")
+        require(type(values[name]) is type(default), f"its header gives {name} as {values[name]!r}")
     try:
-        # Batch sizes play no part in an artifact: these satisfy their rules.
-        return Settings(**values, eval_only="artifact", val_batch_size=2**30)
+        return Settings(**values, eval_only="artifact", val_batch_size=2**30)  # batches that break no rule
     except SettingError as error:
         raise ValueError(f"its header is not valid: {error}") from error
 
 
 def check_tensors(tensors: list, settings: Settings) -> list[tuple[str, list[int], str]]:
-    """Return the header's tensor list, or raise ValueError unless it is the one that `settings` call for.
-
-    The model is built on the meta device: shapes without memory.
-    """
-    with torch.device("meta"):
+    """Return the header's tensor list, or raise ValueError unless it is the one that `settings` call for."""
+    with torch.device("meta"):  # shapes without memory
         expected = {name: list(parameter.shape) for name, parameter in GPT(settings).named_parameters()}
-    if {name: shape for name, shape, _ in tensors} != expected or len(tensors) != len(expected):
-        raise ValueError("its tensors are not those of the model that its settings describe")
+    same = {name: shape for name, shape, _ in tensors} == expected and len(tensors) == len(expected)
+    require(same, "its tensors are not those of the model that its settings describe")
     for name, shape, kind in tensors:
-        if kind not in FLOATS and (kind not in BITS or len(shape) != 2):
-            raise ValueError(f"tensor {name} is stored as {kind!r}, which this script does not know")
+        known = kind in FLOATS or (kind in BITS and len(shape) == 2)
+        require(known, f"tensor {name} is stored as {kind!r}, which this script does not know")
     return tensors
 
 
@@ -1742,77 +1648,68 @@ def expand_frame(frame: bytes, size: int) -> bytes:
     if frame.startswith(XZ_MAGIC):
         decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**28)
         data = decompressor.decompress(frame, max_length=size + 1)
-        if len(data) != size or not decompressor.eof or decompressor.unused_data:
-            raise ValueError(f"its xz stream does not hold the {size} bytes that its header needs")
+        exact = len(data) == size and decompressor.eof and not decompressor.unused_data
+        require(exact, f"its xz stream does not hold the {size} bytes that its header needs")
         return data
-    claimed = zstandard.frame_content_size(frame)
-    if claimed != size:
-        raise ValueError(f"its frame claims {claimed} bytes, its header needs {size}")
+    claimed, data = zstandard.frame_content_size(frame), bytearray()
+    require(claimed == size, f"its frame claims {claimed} bytes, its header needs {size}")
     # Read in pieces: memory grows with what is really there, not with what the frame claims.
     reader = zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(io.BytesIO(frame))
-    pieces, length = [], 0
-    while length <= size and (piece := reader.read(2**20)):
-        pieces.append(piece)
-        length += len(piece)
-    if length != size:
-        raise ValueError(f"its frame holds {length} bytes, its header needs {size}")
-    return b"".join(pieces)
+    while len(data) <= size and (piece := reader.read(2**20)):
+        data += piece
+    require(len(data) == size, f"its frame holds {len(data)} bytes, its header needs {size}")
+    return bytes(data)
 
 
 def unpack_tensors(tensors: list[tuple[str, list[int], str]], payload: io.BytesIO) -> dict[str, Tensor]:
     """Return the float32 weights that the payload holds: all integers, then all float16, then all float32."""
     layout = [part for _, shape, kind in tensors for part in stored_parts(shape, kind)]
     columns, weights = {}, {}
-    for dtype in map(np.dtype, ("|i1", "<f2", "<f4")):
-        count = sum(count for stored, count in layout if stored == dtype.str)
-        columns[dtype.str] = from_byte_planes(payload.read(count * dtype.itemsize), dtype)
+    for dtype in map(np.dtype, COLUMNS):
+        counts = [count for stored, count in layout if stored == dtype.str]
+        column = torch.from_numpy(from_byte_planes(payload.read(sum(counts) * dtype.itemsize), dtype).copy())
+        columns[dtype.str] = iter(column.split(counts))
     for name, shape, kind in tensors:
-        parts = []
-        for dtype, count in stored_parts(shape, kind):
-            part, columns[dtype] = np.split(columns[dtype], [count])
-            parts.append(torch.from_numpy(part.copy()))
-        parts[0] = parts[0].reshape(shape)
-        weights[name] = restore_rows(*parts) if kind in BITS else parts[0].float()
+        first, *scales = (next(columns[dtype]) for dtype, _ in stored_parts(shape, kind))
+        first = first.reshape(shape)
+        weights[name] = restore_rows(first, *scales) if kind in BITS else first.float()
     return weights
 
 
 def unpack_artifact(data: bytes) -> Artifact:
     """Return the content of an artifact file; raises ValueError, or a kind of it, with the reason."""
-    if data[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
-        raise ValueError("it does not start with an artifact's magic bytes")
-    if len(data) < ARTIFACT_PREFIX.size + 32:
-        raise ValueError("it is truncated")
+    require(data.startswith(ARTIFACT_MAGIC), "it does not start with an artifact's magic bytes")
+    require(len(data) >= ARTIFACT_PREFIX.size + 32, "it is truncated")
     _, version, header_size = ARTIFACT_PREFIX.unpack_from(data)
-    if version != ARTIFACT_VERSION:
-        raise ValueError(f"format version {version}, this script reads version {ARTIFACT_VERSION}")
-    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise ValueError("its SHA-256 does not match: truncated or altered")
+    known = version == ARTIFACT_VERSION
+    require(known, f"format version {version}, this script reads version {ARTIFACT_VERSION}")
+    intact = hashlib.sha256(data[:-32]).digest() == data[-32:]
+    require(intact, "its SHA-256 does not match: truncated or altered")
     header_end = ARTIFACT_PREFIX.size + header_size
-    if header_size > MAX_HEADER_BYTES or header_end > len(data) - 32:
-        raise ValueError(f"a header of {header_size} bytes does not fit")
+    fits = header_size <= MAX_HEADER_BYTES and header_end <= len(data) - 32
+    require(fits, f"a header of {header_size} bytes does not fit")
     header = json.loads(data[ARTIFACT_PREFIX.size : header_end])
     settings = stored_settings(header["settings"])
     tensors = check_tensors(header["tensors"], settings)
-    tokenizer_sha256, embedded = header["tokenizer"]["sha256"], header["tokenizer"]["bytes"]
+    named_sha256, embedded = header["tokenizer"]["sha256"], header["tokenizer"]["bytes"]
     parts = [part for _, shape, kind in tensors for part in stored_parts(shape, kind)]
     needed = sum(np.dtype(dtype).itemsize * count for dtype, count in parts)
-    if type(embedded) is not int or not 0 <= embedded <= needed + embedded <= MAX_PAYLOAD_BYTES:
-        raise ValueError(f"its header needs {needed} and {embedded!r} bytes, which no artifact has")
+    possible = type(embedded) is int and 0 <= embedded <= needed + embedded <= MAX_PAYLOAD_BYTES
+    require(possible, f"its header needs {needed} and {embedded!r} bytes, which no artifact has")
     payload = io.BytesIO(expand_frame(data[header_end:-32], needed + embedded))
     weights = unpack_tensors(tensors, payload)
     tokenizer = Tokenizer(payload.read()) if embedded else None
-    if tokenizer and tokenizer.sha256 != tokenizer_sha256:
-        raise ValueError("its tokenizer is not the one its header names")
+    same = tokenizer is None or tokenizer.sha256 == named_sha256
+    require(same, "its tokenizer is not the one its header names")
     sha256 = hashlib.sha256(data).hexdigest()
-    return Artifact(settings.stored_values(), weights, tokenizer, tokenizer_sha256, sha256, len(data))
+    return Artifact(settings.stored_values(), weights, tokenizer, named_sha256, sha256, len(data))
 
 
 def read_artifact(path: Path) -> Artifact:
     """Read and check an artifact file; raises DataError naming the file and what is wrong with it."""
     try:
         size = path.stat().st_size
-        if size > MAX_PAYLOAD_BYTES:
-            raise ValueError(f"{size} bytes are more than any artifact has")
+        require(size <= MAX_PAYLOAD_BYTES, f"{size} bytes are more than any artifact has")
         return unpack_artifact(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); name an artifact.bin") from error
@@ -2616,16 +2513,14 @@ class LossWatch:
     """Reads each step's loss a few steps late, and stops the run at one that is not finite."""
 
     def __init__(self) -> None:
-        self.pending: list[tuple[int, float, Tensor, torch.cuda.Event | None]] = []
-        self.last_good = math.nan
+        self.pending, self.last_good = [], math.nan
 
     def push(self, step: int, matrix_lr: float, loss: Tensor) -> None:
         """Queue the loss of `step`, which ran at Muon's rate `matrix_lr`; read those that are old enough."""
         event = None
         if loss.is_cuda:
             loss = torch.empty_like(loss, device="cpu", pin_memory=True).copy_(loss, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
+            event = torch.cuda.current_stream().record_event()
         self.pending.append((step, matrix_lr, loss, event))
         self.drain(LOSS_LAG_STEPS)
 
@@ -2646,32 +2541,26 @@ class LossWatch:
 def load_batches(
     stream: TokenStream, step: int, settings: Settings, process: Process, clock: Clock
 ) -> tuple[list[Tensor], float]:
-    """Return this rank's micro-batches of `step` (slot s: rank s modulo world size) and rank 0's clock in ms.
-
-    A bad token that one rank meets is raised on all, so that nobody waits for it in a collective.
-    """
+    """Return this rank's micro-batches of `step` (slot s: rank s mod world size) and rank 0's clock in ms."""
     batches, failure = [], None
     try:
         slots = range(process.rank, settings.micro_batch_slots, process.world_size)
         batches = [stream.batch(step, slot) for slot in slots]
         batches = [batch.pin_memory() for batch in batches] if process.device.type == "cuda" else batches
     except (DataError, OSError) as error:
-        failure = error
+        failure = error  # raised on all ranks, so that nobody waits for this one in a collective
     return batches, process.agree(clock.read_ms(), failure)
 
 
 def warm_up(model: GPT, losses, stream: TokenStream, settings: Settings, process: Process, log: Log) -> None:
-    """Run WARMUP_STEPS real steps of each of `losses` before the clock, then restore the weights.
-
-    Primes compiler and caches: also of the loss that quantization-aware training switches to later.
-    """
+    """Prime compiler and caches by WARMUP_STEPS real steps of each of `losses`, then restore the weights."""
     saved = [parameter.detach().clone() for parameter in model.parameters()]
-    optimizers = Optimizers(model, settings, process)
-    for step in range(settings.warmup_steps * len(losses)):
+    optimizers, total = Optimizers(model, settings, process), settings.warmup_steps * len(losses)
+    for step in range(total):
         batches, _ = load_batches(stream, step, settings, process, Clock(process))
         optimizers.gather(losses[step // settings.warmup_steps], batches)
         optimizers.step(1.0, settings.muon_momentum)
-        log.line(f"warmup_step:{step + 1}/{settings.warmup_steps * len(losses)}")
+        log.line(f"warmup_step:{step + 1}/{total}")
     with torch.no_grad():
         torch._foreach_copy_(list(model.parameters()), saved)
 
@@ -2679,8 +2568,7 @@ def warm_up(model: GPT, losses, stream: TokenStream, settings: Settings, process
 def choose_weights(averages: Averages, model: GPT, batches: list, process: Process, log: Log) -> dict:
     """Return the weights to export, of several candidates those with the least loss on all ranks' `batches`.
 
-    These are the training tokens after the last step's, not trained on unless the stream has begun anew: the
-    choice never sees validation text.
+    These are training tokens after the last step's, not trained on unless the stream began anew; never val.
     """
     candidates, losses = averages.candidates(), {}
     for name, weights in candidates.items() if len(candidates) > 1 else ():
@@ -2689,7 +2577,7 @@ def choose_weights(averages: Averages, model: GPT, batches: list, process: Proce
             with torch.no_grad(), process.precision():
                 total += torch.func.functional_call(model, weights, (ids[:, :-1], ids[:, 1:]))
         losses[name] = float(process.sum(total)) / averages.settings.micro_batch_slots
-    chosen = min(losses or candidates, key=losses.get if losses else None)
+    chosen = min(candidates, key=lambda name: losses.get(name, 0.0))
     numbers = {"ema_updates": averages.updates, "swa_snapshots": averages.snapshots}
     numbers |= {f"held_out_train_loss_{name}": round(loss, 8) for name, loss in losses.items()}
     numbers["moved"] = averages.moved(candidates[chosen])
@@ -2934,8 +2822,7 @@ def failure_of(error: BaseException) -> tuple[int, str]:
     if isinstance(error, torch.OutOfMemoryError):
         return SettingError.exit_code, "TRAIN_BATCH_TOKENS is too large for the GPU; raise MICRO_BATCH_SLOTS"
     if isinstance(error, KeyboardInterrupt):
-        code = 128 + (error.args[0] if error.args else signal.SIGINT)
-        return code, "interrupted; nothing half-written is left"
+        return 128 + (error.args or [signal.SIGINT])[0], "interrupted; nothing half-written is left"
     return 1, repr(error)
 
 
@@ -2955,8 +2842,7 @@ def run_and_record(settings: Settings, process: Process, notes: list[str], artif
     record |= {"seed": settings.seed, "world_size": process.world_size, "settings": settings.changed()}
     try:
         record |= run(settings, process, run_dir, log, artifact)
-        total, limit = record["total_bytes"], settings.artifact_limit_bytes
-        if total > limit:
+        if (total := record["total_bytes"]) > (limit := settings.artifact_limit_bytes):
             text = f"{total} bytes of code and weights, over ARTIFACT_LIMIT_BYTES={limit}"
             raise SizeError(f"{text}; shrink it")
     except BaseException as error:
@@ -2972,7 +2858,7 @@ def run_and_record(settings: Settings, process: Process, notes: list[str], artif
 
 def main(environment: Mapping[str, str]) -> int:
     """Run what `environment` asks for and return the exit code."""
-    mapping, notes = dict(environment), []
+    mapping, notes, is_main = dict(environment), [], environment.get("RANK", "0") == "0"
     if "RECIPE" not in mapping and not torch.cuda.is_available():
         mapping["RECIPE"] = "cpu"
         notes.append("RECIPE is not set and there is no CUDA device: RECIPE=cpu")
@@ -2983,9 +2869,9 @@ def main(environment: Mapping[str, str]) -> int:
             code = run_and_record(settings, process, notes, artifact)
     except (RunError, OSError, KeyboardInterrupt) as error:
         code, message = failure_of(error)
-        if mapping.get("RANK", "0") == "0":
+        if is_main:
             print(f"error: {message}", file=sys.stderr)
-    if code and mapping.get("RANK", "0") != "0":
+    if code and not is_main:
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(RANK_0_SECONDS)
     return code

@@ -157,8 +157,8 @@ RECIPES = {
     """,
     # Both leave 18 seconds of the clock to the export.
     "pr779": PRUNED,
-    # Its learned gate head, 3,591 parameters more, belongs to its n-gram rule.
-    "pr834": PRUNED,
+    # Its learned gate, 3,591 parameters more, weighs its hashed tables.
+    "pr834": f"{PRUNED} PSEUDO=pr834 GATE_HEAD=1",
     # BIGRAM_VOCAB_SIZE=1536 is the model of its seeds 42 and 2024. The first block's value-residual weights,
     # which nothing read, act: that block mixes its values with themselves.
     "pr864": f"""{ELEVEN}
@@ -175,7 +175,7 @@ RENAMED = """
     USE_GATED_ATTENTION:GATED_ATTN SWA_ENABLED:AVERAGE SWA_START_FRAC:SWA_START_SCALE QAT_ENABLED:QAT_START
     LATE_QAT_THRESHOLD:QAT_START USE_LATE_QAT:QAT_START QAT_TIME_FRAC:QAT_START INT6_LAST_N:MATRIX_BITS
     NGRAM_ORDER:NGRAM_MAX_ORDER NGRAM_ENT_BASE:NGRAM_ALPHA_MIN NGRAM_ENABLED:PSEUDO NGRAM_EVAL:PSEUDO
-    USE_MIXER:PSEUDO MIXER_HEAD:PSEUDO
+    USE_MIXER:PSEUDO MIXER_HEAD:GATE_HEAD
 """
 REFUSED_NAMES = {
     "USE_EMA": "set EMA_DECAY, 0 switches the average off",
@@ -290,6 +290,7 @@ class Settings:
     pre_enrich_dim: int = setting(0, "width of the MLP before the blocks; 0: none", 0, 2**14, stored="shape")
     ve_layers: str = setting("", "blocks with a value embedding, as in 9,10", stored="shape")
     ve_dim: int = setting(128, "width of the value embedding", 1, 2**14, stored="shape")
+    gate_head: bool = setting(False, "a learned gate over hashed tables, for PSEUDO=pr834", stored="shape")
     mtp_num_heads: int = setting(0, "training-only heads for tokens further ahead", 0, 64)
     mtp_loss_weight: float = setting(0.2, "weight of their mean loss", 0.0, 100.0)
     qk_gain_init: float = setting(1.5, "initial gain of each query head", 0.0, 100.0)
@@ -407,6 +408,7 @@ class Settings:
         no_ema = not self.ema_decay and (self.average == "mean" or self.swa_source == "ema")
         no_qat = self.qat_start == "off" and (self.soft_round_qat or self.crown_q_lambda)
         power = 1 << self.ngram_buckets.bit_length() >> 1
+        gated = self.pseudo == "pr834" or bool(self.eval_only and self.gate_head)
         rules = (
             ("MODEL_DIM", self.model_dim % self.num_heads, "a multiple of NUM_HEADS", self.num_heads),
             ("NUM_HEADS", self.num_heads % kv_heads, "a multiple of NUM_KV_HEADS", kv_heads),
@@ -415,6 +417,7 @@ class Settings:
             ("TRAIN_BATCH_TOKENS", ragged, "a multiple of slots times sequence", row),
             ("VAL_BATCH_SIZE", self.val_batch_size < val_row, "at least MICRO_BATCH_SLOTS windows", val_row),
             ("NGRAM_BUCKETS", self.ngram_buckets ^ power, "a power of two", f"{power} or {2 * power}"),
+            ("GATE_HEAD", self.gate_head != gated, "on with PSEUDO=pr834 and only then", self.pseudo),
             ("EVAL_STRIDE", self.eval_stride > self.window, "at most the scoring window", self.window),
             ("XSA_LAST_N", self.xsa_last_n > layers, "at most NUM_LAYERS", layers),
             ("VE_LAYERS", max(self.value_layers, default=0) >= layers, "numbers below NUM_LAYERS", layers),
@@ -967,12 +970,22 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     return (grouped - (grouped * unit).sum(dim=-1, keepdim=True) * unit).flatten(1, 2)
 
 
-def gate(inputs: int, outputs: int, bias: float) -> nn.Linear:
+def gate(inputs: int, outputs: int, bias: float | list[float]) -> nn.Linear:
     """Return a linear layer that starts as its bias, whatever comes in: for gates sigmoid(layer(x))."""
     layer = nn.Linear(inputs, outputs)
     nn.init.zeros_(layer.weight)
-    nn.init.constant_(layer.bias, bias)
+    layer.bias.data.copy_(torch.tensor(bias))
     return layer
+
+
+def pseudo_weights(gate: Tensor, matched: Tensor) -> Tensor:
+    """Return #834's weights (..., 1 + O) of the neural price and of the hashed tables of O orders.
+
+    Softmax of the logits `gate` (..., 1 + O or more) where `matched` (..., O); 5 % are the neural price's.
+    """
+    known = F.pad(matched, (1, 0), value=True)
+    weights = 0.95 * gate[..., : known.size(-1)].masked_fill(~known, -math.inf).softmax(dim=-1)
+    return torch.cat((0.05 + weights[..., :1], weights[..., 1:]), dim=-1)
 
 
 class Attention(nn.Module):
@@ -1146,6 +1159,8 @@ class GPT(nn.Module):
             up = nn.Linear(D, s.pre_enrich_dim, bias=False)
             self.pre_enrich = nn.Sequential(up, nn.GELU(), nn.Linear(s.pre_enrich_dim, D, bias=False))
         initialize(self, s)
+        # Of #834: the neural price, then orders 2 ... 7.
+        self.gate_head = gate(D, 7, [2.0] + 6 * [0.0]) if s.gate_head else None
         for length in {s.train_seq_len, s.window}:
             tables = rotary_tables(length, s.rope_dims or s.head_dim, s.rope_base, s.rope_ntk_length)
             self.register_buffer(f"rotary_{length}", tables, persistent=False)
@@ -1199,16 +1214,31 @@ class GPT(nn.Module):
         """Return logits (B, T, V) in float32 for ids (B, T), or (B, last, V) for the last positions only."""
         return self.capped(self.hidden(ids, last), self.lm_head)
 
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+    def gated_logits(self, ids: Tensor, last: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return what `logits` returns and, of the same pass, the logits of the gate (B, last, 7) float32."""
+        x = self.hidden(ids, last)
+        return self.capped(x, self.lm_head), self.gate_head(x).float()
+
+    def pseudo_loss(self, x: Tensor, logits: Tensor, targets: Tensor, ratios: Tensor) -> Tensor:
+        """Return the mean pseudo-price of targets (B, T) in nats, by ratios (B, T, O) of `PseudoOracle`."""
+        neural = torch.exp(-F.cross_entropy(logits, targets.flatten(), reduction="none")).view_as(targets)
+        weights = pseudo_weights(self.gate_head(x).float(), ratios >= 0)
+        prices = weights[..., 0] * neural + (weights[..., 1:] * ratios).sum(dim=-1)
+        return -prices.clamp(min=1e-12).log().mean()
+
+    def forward(self, ids: Tensor, targets: Tensor, ratios: Tensor | None = None) -> Tensor:
         """Return the mean cross entropy in nats of targets (B, T) after ids (B, T).
 
-        Each MTP head adds its share of the loss on targets 1, 2, ... further ahead (arXiv 2404.19737).
+        Each MTP head adds its share of the loss on targets 1, 2, ... further ahead (arXiv 2404.19737), #834's
+        gate head a tenth of its own, whose gradient reaches the blocks.
         """
         x, loss = self.hidden(ids), 0.0
         for ahead, head in enumerate((self.lm_head, *self.mtp_heads)):
             logits = self.capped(x[:, : x.size(1) - ahead], head).flatten(0, 1)
             weight = self.settings.mtp_loss_weight / len(self.mtp_heads) if ahead else 1.0
             loss = loss + weight * F.cross_entropy(logits, targets[:, ahead:].flatten())
+            if ratios is not None and not ahead:
+                loss = loss + 0.1 * self.pseudo_loss(x, logits, targets, ratios)
         return loss
 
 
@@ -1264,10 +1294,11 @@ def select_attention(settings: Settings, process: Process, log: Log) -> None:
 # ============================================================================================================
 
 
-def learning_rate_scale(step: int, elapsed_ms: float, settings: Settings) -> float:
+def learning_rate_scale(step: int, elapsed_ms: float, settings: Settings, before_ms: float = 0.0) -> float:
     """Return the factor on every learning rate: 1, then linear to 0 over the last WARMDOWN_ITERS steps.
 
-    Under a wall-clock limit, steps to come are estimated from the mean step so far (parameter-golf baseline).
+    Under a wall-clock limit, steps to come are estimated from the mean step so far (parameter-golf baseline),
+    what the clock said before the first step left out.
     """
     if settings.warmdown_iters == 0:
         return 1.0
@@ -1275,7 +1306,7 @@ def learning_rate_scale(step: int, elapsed_ms: float, settings: Settings) -> flo
     if settings.max_wallclock_seconds == 0:
         return min(1.0, max(0.0, by_steps))
     remaining_ms = max(1000.0 * settings.max_wallclock_seconds - elapsed_ms, 0.0)
-    warmdown_ms = settings.warmdown_iters * elapsed_ms / max(step, 1)
+    warmdown_ms = settings.warmdown_iters * (elapsed_ms - before_ms) / max(step, 1)
     return remaining_ms / warmdown_ms if remaining_ms <= warmdown_ms and warmdown_ms > 0 else 1.0
 
 
@@ -1614,12 +1645,12 @@ class QuantizationAware(nn.Module):
             weights |= dict(zip(names, rows, strict=True))
         return weights
 
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         """Return the loss of the quantized model, as GPT.forward, and CROWN-Q (#779) on top.
 
         CROWN-Q: CROWN_Q_LAMBDA / 12 * sum over matrices of mean(w^2 d^2), d = largest |w| of the row / limit.
         """
-        s, loss = self.settings, torch.func.functional_call(self.model, self.quantized(), (ids, targets))
+        s, loss = self.settings, torch.func.functional_call(self.model, self.quantized(), inputs)
         for name, p in self.model.named_parameters() if s.crown_q_lambda else ():
             if parameter_role(name, p) in ("matrix", "projection"):
                 steps = p.detach().abs().amax(dim=1, keepdim=True) / (2 ** (s.matrix_bits - 1) - 1)
@@ -2426,218 +2457,212 @@ def score_final(
 
 PSEUDO_PIECE = 2**15  # targets of one call: more would be shared out over threads, which wait for each other
 PSEUDO_BLOCK = 2**24  # buckets asked for at a time: bounds memory, changes nothing
+ORACLE_BLOCK = 10_000_000  # training tokens counted at a time
 # Multipliers of an n-gram's tokens, oldest first; #864 and #890 each go on from #779's.
 HASH_779 = (36313, 27191, 51647, 81929, 131071, 174763, 233017)
 HASH_864 = (*HASH_779, 283721, 347237, 409891, 479909, 557927, 631553, 716279, 811207)
 HASH_890 = (*HASH_779, 299993, 350377)
-# By order, from 2 on: the entropy in nats at which alpha is halfway, and the factor on alpha.
-CENTERS_864 = tuple(3.0 - 0.25 * row for row in range(14))
-CENTERS_890 = (4.5, 4.2, 3.8, 3.5, 3.2, 3.0, 2.8, 2.6)
-CENTERS_810 = (4.5, 4.2, 3.8, 3.5, 3.2, 3.0, 3.0, 3.0, 2.7, 2.5)
-WEIGHTS_864 = (0.3, 0.3, 0.97) + (2.0,) * 11
-WEIGHTS_810 = (0.30, 0.45, 1.0, 1.88, 1.88) + (2.0,) * 5
+# By level (0: no match, 1: order 2, 2: order 3, ...): entropy in nats at which alpha is halfway; its factor.
+CENTERS_864 = tuple(3.25 - 0.25 * level for level in range(15))
+CENTERS_890 = (0.0, 4.5, 4.2, 3.8, 3.5, 3.2, 3.0, 2.8, 2.6)
+CENTERS_810 = (0.0, 4.5, 4.2, 3.8, 3.5, 3.2, 3.0, 3.0, 3.0, 2.7, 2.5)
+WEIGHTS_864 = (0.0, 0.3, 0.3, 0.97) + (2.0,) * 11
+WEIGHTS_810 = (0.0, 0.30, 0.45, 1.0, 1.88, 1.88) + (2.0,) * 5
 
 
 class PseudoRule(NamedTuple):
-    """One submission's evaluator as data."""
+    """One submission's evaluator as data; the first seven are settings, too."""
 
     max_order: int
     chunk_tokens: int  # targets priced between two updates of the tables
+    buckets: int  # of each table, a power of two
+    min_count: int  # of a context that matches
+    alpha_min: float
+    alpha_max: float
+    alpha_clip: float
     floor: float  # smallest probability of a target
     centers: tuple[float, ...]
-    weights: tuple[float, ...] = (1.0,) * 8
     multipliers: tuple[int, ...] = HASH_779  # (): a polynomial instead
-    alpha_min: float = 0.05
-    alpha_max: float = 0.60
-    alpha_clip: float = 1.0
-    buckets: int = 4_194_304  # of each table, a power of two
-    min_count: int = 2  # of a context that matches
+    weights: tuple[float, ...] = (0.0,) + (1.0,) * 8
+    least: int = 0  # targets seen before which alpha is 0
     gap: int = 0  # newest tokens that a context leaves out
-    sees_target: bool = False  # a match also needs F > 0, so the order depends on the target
-    uniform_miss: bool = False  # without a match the ratio is 1 / V; alpha is 0 before 100 targets
+    peeks: bool = False  # a match also needs F > 0, so the order depends on the target
+    gated: bool = False  # a learned gate weighs all orders that match; there is no alpha
 
 
 PSEUDO_RULES = {
-    "pr864": PseudoRule(9, 65_536, 1e-10, CENTERS_864, WEIGHTS_864, HASH_864, alpha_clip=0.95),
-    "pr890": PseudoRule(9, 32, 1e-30, CENTERS_890, multipliers=HASH_890, gap=1, sees_target=True),
-    "pr779": PseudoRule(7, 1_048_576, 1e-12, (4.0,) * 6, uniform_miss=True),
+    "pr864": PseudoRule(9, 65_536, 2**22, 2, 0.05, 0.60, 0.95, 1e-10, CENTERS_864, HASH_864, WEIGHTS_864),
+    "pr890": PseudoRule(9, 32, 2**22, 2, 0.05, 0.60, 1.0, 1e-30, CENTERS_890, HASH_890, gap=1, peeks=True),
+    # Without a match the ratio is 1 / V, for all rules; here alone it has weight.
+    "pr779": PseudoRule(7, 2**20, 2**22, 2, 0.05, 0.60, 1.0, 1e-12, (4.0,) * 7, HASH_779, (1.0,) * 7, 100),
     # No code of it survives: clip, smallest count, table size and floor are guesses.
-    "pr810": PseudoRule(11, 16_384, 1e-20, CENTERS_810, WEIGHTS_810, (), 0.20, 0.75, 0.95),
+    "pr810": PseudoRule(11, 16_384, 2**22, 2, 0.20, 0.75, 0.95, 1e-20, CENTERS_810, (), WEIGHTS_810),
+    "pr834": PseudoRule(7, 2**20, 2**20, 2, 0.0, 0.0, 0.0, 1e-12, (0.0,) * 7, gated=True),
 }
 
 
-def pseudo_rule(name: str, settings: Settings) -> PseudoRule:
-    """Return the rule `name` with the settings that are not 0 in place of its own; raises SettingError."""
-    if name not in PSEUDO_RULES:
-        text = f"PSEUDO={name} is no rule for recorded streams (pr834 needs the logits of its gate)"
-        raise SettingError(f"{text}; choose one of {', '.join(PSEUDO_RULES)}")
-    changes = {
-        "max_order": settings.ngram_max_order,
-        "chunk_tokens": settings.ngram_chunk_tokens,
-        "buckets": settings.ngram_buckets,
-        "min_count": settings.ngram_min_count,
-        "alpha_min": settings.ngram_alpha_min,
-        "alpha_max": settings.ngram_alpha_max,
-        "alpha_clip": settings.ngram_alpha_clip,
-    }
-    rule = PSEUDO_RULES[name]._replace(**{key: value for key, value in changes.items() if value})
-    if not 2 <= rule.max_order <= len(rule.centers) + 1:
-        orders = f"{name}'s orders, 2 to {len(rule.centers) + 1}"
+def pseudo_rule(name: str, settings: Settings, gated: bool = False) -> PseudoRule:
+    """Return the rule `name` with the settings that are not 0 in place of its own; raises SettingError.
+
+    `gated`: the logits of a gate are at hand.
+    """
+    names = [name for name, rule in PSEUDO_RULES.items() if gated or not rule.gated]
+    if name not in names:
+        text = f"PSEUDO={name} is no rule for a stream without the logits of its gate"
+        raise SettingError(f"{text}; choose one of {', '.join(names)}")
+    own = (settings.ngram_max_order, settings.ngram_chunk_tokens, settings.ngram_buckets)
+    own += (settings.ngram_min_count, settings.ngram_alpha_min, settings.ngram_alpha_max)
+    pairs = zip(PseudoRule._fields, (*own, settings.ngram_alpha_clip), strict=False)
+    rule = PSEUDO_RULES[name]._replace(**{field: value for field, value in pairs if value})
+    if not 2 <= rule.max_order <= len(rule.centers):
+        orders = f"{name}'s orders, 2 to {len(rule.centers)}"
         raise SettingError(f"NGRAM_MAX_ORDER={rule.max_order} is not one of {orders}; choose one of them")
     return rule
 
 
-def pseudo_hashes(rule: PseudoRule, tokens: Tensor) -> Tensor:
-    """Return the hash of each target's context, (O, N) int32.
+def pseudo_pairs(rule: PseudoRule, contexts: Tensor, targets: Tensor) -> Tensor:
+    """Return the bucket of each context (O, ...) with its target (...), or with each of (1, K) targets."""
+    if not rule.multipliers:
+        return contexts * 1_000_003 + targets & rule.buckets - 1
+    factors = targets.new_tensor(rule.multipliers[1 : rule.max_order]).view(-1, *[1] * targets.ndim)
+    return (factors * targets ^ contexts).bitwise_and_(rule.buckets - 1)
 
-    Order n has n - 1 tokens t_k, k = 0 the oldest. #864, #890, #779: XOR of t_k * multiplier_k. #810: a
-    polynomial, whose even step lets old tokens fade away. Buckets are low bits, which overflow leaves alone.
+
+def pseudo_keys(rule: PseudoRule, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the buckets of each target's context and of both together, (O, ..., N), of tokens (..., N + 1).
+
+    Order n has n - 1 tokens t_k, k = 0 the oldest. #864, #890, #779, #834: XOR of t_k * multiplier_k. #810: a
+    polynomial, whose even step lets old tokens fade away. Buckets are low bits, which overflow leaves alone;
+    an n-gram that would begin before the tokens has the spare bucket, number `rule.buckets`.
     """
-    orders, total = rule.max_order - 1, len(tokens) - 1
+    orders, total = rule.max_order - 1, tokens.size(-1) - 1
     padded = F.pad(tokens, (orders + rule.gap, 0))
-    hashes = padded.new_zeros(orders, total)
+    contexts = padded.new_zeros(orders, *tokens.shape[:-1], total)
     for k in range(orders):
         terms = padded * rule.multipliers[k] if rule.multipliers else padded
         for row in range(k, orders):
-            term = terms[orders - row + k :][:total]
-            if rule.multipliers:
-                hashes[row].bitwise_xor_(term)
-            else:
-                hashes[row].mul_(265_443_576).add_(term)
-    return hashes
+            term, hashed = terms[..., orders - row + k :][..., :total], contexts[row]
+            contexts[row] = hashed ^ term if rule.multipliers else hashed * 265_443_576 + term
+    pairs = pseudo_pairs(rule, contexts.bitwise_and_(rule.buckets - 1), tokens[..., 1:])
+    for row in range(orders):
+        contexts[row, ..., : row + rule.gap] = pairs[row, ..., : row + rule.gap] = rule.buckets
+    return contexts, pairs
 
 
-def pseudo_pairs(rule: PseudoRule, hashes: Tensor, targets: Tensor) -> Tensor:
-    """Return the bucket of each context with its target: hashes (O, N, 1), targets (N, K) -> (O, N, K)."""
-    if not rule.multipliers:
-        return hashes * 1_000_003 + targets & rule.buckets - 1
-    factors = targets.new_tensor(rule.multipliers[1 : rule.max_order])[:, None, None]
-    return (factors * targets).bitwise_xor_(hashes).bitwise_and_(rule.buckets - 1)
+def pseudo_fill(tables: Tensor, keys: Tensor) -> None:
+    """Count keys (O, N) in tables (O, buckets + 1); the spare bucket stays empty."""
+    for new in keys.split(PSEUDO_PIECE, dim=1):
+        tables.scatter_add_(1, new.long(), tables.new_ones(1, 1).expand_as(new))
+    tables[:, -1] = 0
 
 
 def pseudo_counts(keys: Tensor, seen: Tensor, asked: Tensor, buckets: int) -> Tensor:
     """Return how full the asked buckets were, int32 like `asked` (O, Q, K), with one table per order.
 
     `keys` (O, N) are the buckets that the stream's targets fill, a chunk at a time; query q finds the first
-    seen[q] of them there, `seen` (Q,) ascending. Bucket number `buckets` is a spare one.
+    seen[q] of them there, `seen` (Q,) ascending.
     """
     counts = torch.empty_like(asked, dtype=torch.int32)
     stops, lengths = (part.tolist() for part in seen.unique_consecutive(return_counts=True))
     # Long chunks: one table at a time, which stays in the processor's cache. Short ones: fewer calls.
-    tables = 1 if asked[0].numel() >= 4096 * len(stops) else len(keys)
-    table = torch.empty(tables, buckets + 1, dtype=torch.int32, device=keys.device)
-    one = table.new_ones(1, 1)
-    for row in range(0, len(keys), tables):
-        rows, stored, begin = slice(row, row + tables), 0, 0
-        table.zero_()
+    height = 1 if asked[0].numel() >= 4096 * len(stops) else len(keys)
+    tables = torch.empty(height, buckets + 1, dtype=torch.int32, device=keys.device)
+    for row in range(0, len(keys), height):
+        rows, stored, begin = slice(row, row + height), 0, 0
+        tables.zero_()
         for stop, length in zip(stops, lengths, strict=True):
-            for new in keys[rows, stored:stop].split(PSEUDO_PIECE, dim=1):
-                table.scatter_add_(1, new.long(), one.expand_as(new))
-            pieces = (
-                part[rows, begin : begin + length].split(PSEUDO_PIECE, dim=1) for part in (asked, counts)
-            )
-            for part, count in zip(*pieces, strict=True):
-                count.copy_(table.gather(1, part.flatten(1).long()).view(part.shape))
+            pseudo_fill(tables, keys[rows, stored:stop])
+            part = asked[rows, begin : begin + length]
+            counts[rows, begin : begin + length] = tables.gather(1, part.flatten(1).long()).view(part.shape)
             stored, begin = stop, begin + length
     return counts
 
 
-def pseudo_lookups(
-    rule: PseudoRule, tokens: Tensor, at: Tensor | slice, candidates: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+def pseudo_lookups(rule: PseudoRule, tokens: Tensor, at, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return what the tables hold when the targets `at` (Q,), ascending, are priced: seen, C and F.
 
     `seen` (Q,) targets have been stored; C (O, Q, 1) counts contexts, F (O, Q, K) contexts with a target:
-    column 0 is the realised one, the tokens 0 ... candidates - 1 follow. Nothing counts that would begin
-    before the stream.
+    column 0 is the realised one, the tokens 0 ... candidates - 1 follow.
     """
+    contexts, pairs = pseudo_keys(rule, tokens)
     column = torch.arange(len(tokens) - 1, device=tokens.device)[at]
-    seen = column // rule.chunk_tokens * rule.chunk_tokens
-    contexts = pseudo_hashes(rule, tokens)
-    pairs = pseudo_pairs(rule, contexts[:, :, None], tokens[1:, None])
-    asked = pairs[:, at]
-    if candidates:
-        others = torch.arange(candidates, dtype=torch.int32, device=tokens.device).expand(len(column), -1)
-        asked = torch.cat((asked, pseudo_pairs(rule, contexts[:, at, None], others)), dim=2)
-    contexts.bitwise_and_(rule.buckets - 1)
-    for row in range(len(contexts)):
-        contexts[row, : row + rule.gap] = pairs[row, : row + rule.gap] = rule.buckets
-    counts = pseudo_counts(contexts, seen, contexts[:, at, None], rule.buckets)
-    for row in range(len(contexts)):
-        counts[row, : torch.searchsorted(column, row + rule.gap)] = 0
-    return seen, counts, pseudo_counts(pairs[:, :, 0], seen, asked, rule.buckets)
+    seen, asked = column // rule.chunk_tokens * rule.chunk_tokens, contexts[:, at, None]
+    counts = pseudo_counts(contexts, seen, asked, rule.buckets)
+    others = torch.arange(candidates, dtype=torch.int32, device=tokens.device)[None]
+    asked = torch.cat((pairs[:, at, None], pseudo_pairs(rule, asked, others)), dim=2)
+    return seen, counts, pseudo_counts(pairs, seen, asked, rule.buckets)
 
 
-def pseudo_mixture(
-    rule: PseudoRule, vocab_size: int, entropy: Tensor, lookups: tuple[Tensor, ...], each: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Return alpha (Q, 1 or K) and the ratio min(F, C) / C (Q, K) from `pseudo_lookups`.
+def pseudo_mixture(rule: PseudoRule, V: int, tokens: Tensor, entropy, gate, at, candidates=0, each=False):
+    """Return weight (Q, 1 or K) and share (Q, K) of the targets `at`: a price is weight * neural + share.
 
-    A price is (1 - alpha) * neural + alpha * ratio, with the highest order whose context has been seen often
-    enough. Where F > 0 counts as well, the realised target's decides for all columns, or each for itself.
+    `entropy` (N,) and the logits `gate` (N, 1 + O), None unless the rule is gated, are those of all targets;
+    the rest is `pseudo_lookups`'. A ratio is min(F, C) / C. A gate weighs the ratios of all orders whose
+    context has been seen often enough; for the other rules the highest such order counts, by alpha. Where
+    F > 0 matters as well, the realised target's decides for all columns, or `each` for itself.
     """
-    seen, contexts, pairs = lookups
-    matched = contexts >= rule.min_count
-    if rule.sees_target:
+    seen, contexts, pairs = pseudo_lookups(rule, tokens, at, candidates)
+    matched, like = contexts >= rule.min_count, {"dtype": torch.float64, "device": tokens.device}
+    if rule.gated:
+        ratios = torch.minimum(pairs, contexts).double() / contexts.clamp(min=1)
+        weights = pseudo_weights(torch.as_tensor(gate, **like)[at], matched[:, :, 0].t()).t()[:, :, None]
+        return weights[0], (weights[1:] * ratios).sum(dim=0)
+    if rule.peeks:
         matched = matched & ((pairs if each else pairs[:, :, :1]) > 0)
-    steps = torch.arange(1, rule.max_order, dtype=torch.int8, device=seen.device)[:, None, None]
+    steps = torch.arange(1, rule.max_order, dtype=torch.int8, device=tokens.device)[:, None, None]
     level = (matched * steps).amax(dim=0).long()  # (Q, 1 or K): 0 is no match, 1 is order 2
-    row = (level - 1).clamp(min=0)[None]
-    count = contexts.expand(-1, -1, level.shape[1]).gather(0, row)[0].double().clamp(min=1)
-    ratio = torch.minimum(pairs.gather(0, row.expand(-1, -1, pairs.shape[2]))[0], count) / count
-    ratio = torch.where(level > 0, ratio, 1 / vocab_size)
-    centers = entropy.new_tensor((rule.centers[0], *rule.centers))
-    weights = entropy.new_tensor((float(rule.uniform_miss), *rule.weights))
-    curve = torch.sigmoid(2 * (entropy[:, None] - centers[level]))
+    row = (level - 1).clamp(min=0)[None].expand(-1, -1, pairs.shape[2])
+    context, pair = (counts.expand_as(pairs).gather(0, row)[0] for counts in (contexts, pairs))
+    ratio = torch.where(level > 0, torch.minimum(pair, context).double() / context, 1 / V)
+    centers, weights = (torch.tensor(curve, **like) for curve in (rule.centers, rule.weights))
+    curve = torch.sigmoid(2 * (torch.as_tensor(entropy, **like)[at, None] - centers[level]))
     alpha = weights[level] * (rule.alpha_min + (rule.alpha_max - rule.alpha_min) * curve)
-    return alpha.clamp(max=rule.alpha_clip) * (seen >= 100 * rule.uniform_miss)[:, None], ratio
+    alpha = alpha.clamp(max=rule.alpha_clip) * (seen >= rule.least)[:, None]
+    return 1 - alpha, alpha * ratio
 
 
-def pseudo_stream(
-    rule: str, tokens: np.ndarray, logp: np.ndarray, entropy: np.ndarray, settings: Settings, device="cpu"
-) -> np.ndarray:
+def pseudo_ids(tokens) -> Tensor:
+    """Return tokens as an int32 tensor; an array is copied, for PyTorch warns of memory-mapped ones."""
+    return tokens.int() if torch.is_tensor(tokens) else torch.from_numpy(tokens.astype(np.int32))
+
+
+def pseudo_stream(rule: str, tokens, logp, entropy, settings: Settings, gate=None) -> Tensor:
     """Return the pseudo log-probability of each target (N,), float64 nats, of a recorded stream.
 
-    `tokens` (N + 1,); `logp` and `entropy` (N,) of the neural score in nats. Chunk k is the targets
-    1 + k * C ... (k + 1) * C; its n-grams enter the tables once all of it is priced. A recorded stream has no
-    pre-enrichment: #810's confidence is 0.5, a factor of 1 on alpha. Raises SettingError.
+    Tensors or arrays: `tokens` (N + 1,); `logp`, `entropy` (N,) of the neural score in nats; `gate` (N, 7) of
+    `GPT.gated_logits`, for pr834. Chunk k is the targets 1 + k * C ... (k + 1) * C; its n-grams
+    enter the tables once all of it is priced. A recorded stream has no pre-enrichment: #810's confidence is
+    0.5, a factor of 1 on alpha. Raises SettingError.
     """
-    described, ids = pseudo_rule(rule, settings), torch.from_numpy(tokens.astype(np.int32)).to(device)
-    neural, nats = (torch.from_numpy(part.astype(np.float64)).to(device) for part in (logp, entropy))
-    lookups = pseudo_lookups(described, ids, slice(None))
-    alpha, ratio = pseudo_mixture(described, settings.vocab_size, nats, lookups)
-    prices = (1 - alpha) * neural.exp()[:, None] + alpha * ratio
-    return prices[:, 0].clamp(min=described.floor).log().cpu().numpy()
+    described, ids = pseudo_rule(rule, settings, gate is not None), pseudo_ids(tokens)
+    neural = torch.as_tensor(logp, dtype=torch.float64, device=ids.device).exp()[:, None]
+    weight, share = pseudo_mixture(described, settings.vocab_size, ids, entropy, gate, slice(None))
+    return (weight * neural + share)[:, 0].clamp(min=described.floor).log()
 
 
-def pseudo_totals(
-    rule: str, tokens: np.ndarray, entropy: np.ndarray, settings: Settings, at, rows=None, device="cpu"
-) -> np.ndarray:
+def pseudo_totals(rule: str, tokens, entropy, settings: Settings, at, rows=None, gate=None) -> Tensor:
     """Return what the pseudo-probabilities of the whole vocabulary sum to, (Q,) float64, before the floor.
 
     `at` (Q,), ascending, are targets counted from 0, each with the tables as they stand when it is priced.
     `rows` (Q, V) are neural log-probabilities. They matter to pr890 alone, whose order, and with it alpha,
     changes with the candidate; without them the realised target's order stands for every candidate.
     """
-    described, ids = pseudo_rule(rule, settings), torch.from_numpy(tokens.astype(np.int32)).to(device)
-    size, totals = max(1, PSEUDO_BLOCK // (described.max_order * settings.vocab_size)), np.empty(len(at))
+    described, ids = pseudo_rule(rule, settings, gate is not None), pseudo_ids(tokens)
+    V, like = settings.vocab_size, {"dtype": torch.float64, "device": ids.device}
+    size, totals = max(1, PSEUDO_BLOCK // (described.max_order * V)), torch.empty(len(at), **like)
     for part in (slice(first, first + size) for first in range(0, len(at), size)):
-        nats = torch.from_numpy(entropy[at[part]].astype(np.float64)).to(device)
-        lookups = pseudo_lookups(described, ids, torch.from_numpy(at[part]).to(device), settings.vocab_size)
-        each = rows is not None
-        alpha, ratio = pseudo_mixture(described, settings.vocab_size, nats, lookups, each)
-        # Where alpha is one for all candidates, any neural distribution gives the same sum.
-        neural = np.exp(rows[part], dtype=np.float64) if each else np.array(1 / settings.vocab_size)
-        alpha = alpha.expand_as(ratio)[:, 1:]
-        prices = (1 - alpha) * torch.from_numpy(neural).to(device) + alpha * ratio[:, 1:]
-        totals[part] = prices.sum(dim=1).cpu()
+        asked, each = torch.as_tensor(at[part], device=ids.device), rows is not None
+        weight, share = pseudo_mixture(described, V, ids, entropy, gate, asked, V, each)
+        # Where the weight is one for all candidates, any neural distribution gives the same sum.
+        neural = torch.as_tensor(rows[part], **like).exp() if each else 1 / V
+        totals[part] = (weight.expand_as(share)[:, 1:] * neural + share[:, 1:]).sum(dim=1)
     return totals
 
 
-def pseudo_mass(rule: str, tokens: np.ndarray, entropy: np.ndarray, settings: Settings, every: int) -> float:
+def pseudo_mass(rule: str, tokens, entropy, settings: Settings, every: int, gate=None) -> float:
     """Return the mean of `pseudo_totals` over the targets every, 2 * every, ..., the first target being 1."""
-    at = np.arange(every, len(tokens), every) - 1
-    return float(pseudo_totals(rule, tokens, entropy, settings, at).mean())
+    at = torch.arange(every, len(tokens), every) - 1
+    return float(pseudo_totals(rule, tokens, entropy, settings, at, gate=gate).mean())
 
 
 def pseudo_sample(total: int, settings: Settings) -> np.ndarray:
@@ -2646,22 +2671,57 @@ def pseudo_sample(total: int, settings: Settings) -> np.ndarray:
     return np.arange(count) * total // max(count, 1)
 
 
-def pseudo_report(
-    tokens: np.ndarray, logp: np.ndarray, entropy: np.ndarray, target_bytes: np.ndarray, settings, rows=None
-) -> tuple[str, dict[str, object]]:
+def pseudo_report(tokens, logp, entropy, target_bytes, settings: Settings, rows=None, gate=None):
     """Return what rule PSEUDO makes of a recorded stream, as a line and as numbers; see `pseudo_stream`.
 
     `target_bytes` (N,). `rows` (Q, V), of `pseudo_totals`, belong to the targets `pseudo_sample`, from which
     the mass and the bits per byte after division by each target's own sum are taken.
     """
-    rule, nats = settings.pseudo, -pseudo_stream(settings.pseudo, tokens, logp, entropy, settings)
-    at = pseudo_sample(len(nats), settings)
-    totals = pseudo_totals(rule, tokens, entropy, settings, at, rows)
+    rule, at = settings.pseudo, pseudo_sample(len(target_bytes), settings)
+    nats = -pseudo_stream(rule, tokens, logp, entropy, settings, gate)
+    totals = pseudo_totals(rule, tokens, entropy, settings, at, rows, gate)
     bpb, mass = bits_per_byte(nats.sum(), target_bytes.sum()), float(totals.mean())
-    proper = bits_per_byte((nats[at] + np.log(totals)).sum(), target_bytes[at].sum())
+    proper = bits_per_byte((nats[at] + totals.log()).sum(), target_bytes[at].sum())
     why = f"probabilities sum to {mass:.4g} on average; after renormalisation {proper:.4f} bpb"
     numbers = {"rule": rule, "pseudo_bpb": bpb, "mass": mass, "renormalized_bpb": proper}
     return f"pseudo {rule}: {bpb:.4f} (not a code length: {why})", numbers
+
+
+class PseudoOracle:
+    """The tables that #834's gate learns from: n-grams of all training tokens, the batch's own among them.
+
+    Counted once, in blocks; n-grams across blocks are left out, as in the reference. Its shards' headers
+    were counted as 512 tokens each, here they are not. The ranks share the blocks and add up the counts.
+    """
+
+    def __init__(self, settings: Settings, process: Process) -> None:
+        self.rule, self.process = pseudo_rule(settings.pseudo, settings, gated=True), process
+        shape = (2 * (self.rule.max_order - 1), self.rule.buckets + 1)  # of contexts, then of pairs
+        self.tables = torch.zeros(shape, dtype=torch.int64, device=process.device)
+
+    def count(self, stream: TokenStream) -> None:
+        """Count all tokens of `stream`; raises on every rank the DataError or OSError that one meets."""
+        failure, rank, ranks = None, self.process.rank, self.process.world_size
+        try:
+            for start in range(rank * ORACLE_BLOCK, stream.total, ranks * ORACLE_BLOCK):
+                block = torch.from_numpy(stream.read(start, min(ORACLE_BLOCK, stream.total - start)))
+                keys = pseudo_keys(self.rule, block.to(self.process.device))
+                pseudo_fill(self.tables, torch.cat(keys))
+        except (DataError, OSError) as error:
+            failure = error
+        self.process.agree(0.0, failure)
+        self.process.sum(self.tables)
+
+    def ratios(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Return min(F, C) / C by order of targets after ids, (B, T) each: (B, T, O) float32; -1: none."""
+        keys = torch.cat(pseudo_keys(self.rule, torch.cat((ids, targets[:, -1:]), dim=1)))
+        context, pair = self.tables.gather(1, keys.flatten(1)).view(2, -1, *targets.shape)
+        ratios = torch.minimum(pair, context) / context
+        return ratios.where(context >= self.rule.min_count, -1.0).movedim(0, -1)
+
+    def beside(self, loss):
+        """Return `loss` (of a GPT or what wraps it) as a function of ids and targets that looks ratios up."""
+        return lambda ids, targets: loss(ids, targets, self.ratios(ids, targets))
 
 
 # ============================================================================================================
@@ -2761,6 +2821,16 @@ def choose_weights(averages: Averages, model: GPT, batches: list, process: Proce
     return {name: weight for name, weight in candidates[chosen].items() if not name.startswith("mtp_heads.")}
 
 
+def count_oracle(oracle: PseudoOracle, stream: TokenStream, clock: Clock, log: Log) -> float:
+    """Count the training tokens for #834's gate on the clock just started; return rank 0's time in ms."""
+    oracle.count(stream)
+    clock.process.synchronize()
+    elapsed_ms = clock.process.agree(clock.read_ms(), None)
+    line = f"oracle: hashed {stream.total} training tokens train_time:{elapsed_ms:.0f}ms"
+    log.event("oracle", line, tokens=stream.total, seconds=elapsed_ms / 1000)
+    return elapsed_ms
+
+
 def train(
     model: GPT, dataset: Dataset, settings: Settings, process: Process, log: Log, compiled: bool
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -2772,12 +2842,15 @@ def train(
     modules = {"off": [model], "step0": [aware]}.get(settings.qat_start, [model, aware])
     losses = [torch.compile(m, dynamic=False, fullgraph=True) if compiled else m for m in modules]
     logits = torch.compile(model.logits, dynamic=False) if compiled else model.logits
+    oracle = PseudoOracle(settings, process) if settings.gate_head else None
+    losses = [oracle.beside(loss) for loss in losses] if oracle else losses
     warm_up(model, losses, dataset.stream, settings, process, log)
     optimizers, averages = Optimizers(model, settings, process), Averages(model, settings)
     clock, watch, bar = Clock(process), LossWatch(), process.progress(settings.iterations, "train")
     limit_ms, total = 1000.0 * settings.max_wallclock_seconds or math.inf, settings.iterations
     step, logged, quantized = 0, 0, False
     clock.start()
+    before_ms = count_oracle(oracle, dataset.stream, clock, log) if oracle else 0.0
     while True:
         batches, elapsed_ms = load_batches(dataset.stream, step, settings, process, clock)
         finished = step == total or elapsed_ms >= limit_ms
@@ -2795,7 +2868,7 @@ def train(
             if finished:
                 break
             clock.start()
-        scale = learning_rate_scale(step, elapsed_ms, settings)
+        scale = learning_rate_scale(step, elapsed_ms, settings, before_ms)
         if not quantized and quantization_starts(step, elapsed_ms, scale, settings):
             quantized, effect = True, aware.effect()
             line = " ".join(f"{name}:{value:.6g}" for name, value in effect.items())

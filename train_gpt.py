@@ -2452,6 +2452,7 @@ def score_final(
 # what the hashed evaluators of five submissions make of it, what their "probabilities" sum to. Each looks up
 # the realised target alone in tables whose buckets many n-grams share, so the sum is not 1 and the figure is
 # no code length. Nothing of it reaches the ledger, and all that may see a target says `pseudo`.
+# #834's gate learns from such tables over the training tokens, `PseudoOracle`.
 # Legend: O orders 2 ... max_order, N targets, Q asked targets, K candidates for each of them.
 # ============================================================================================================
 

@@ -5,17 +5,21 @@ The figures on FineWeb need SAMPLE_DATA, the folder of the sample shard and its 
 
 import dataclasses
 import math
+import types
 
 import numpy as np
 import pytest
 import reference
 import torch
+from test_03_data import write_shard
 
 import train_gpt
 from train_gpt import (
     PSEUDO_RULES,
+    PseudoOracle,
     SettingError,
     Settings,
+    TokenStream,
     pseudo_keys,
     pseudo_mass,
     pseudo_report,
@@ -199,6 +203,93 @@ def test_sample_is_spread_evenly_and_never_repeats():
         at = pseudo_sample(total, Settings(pseudo_sample=count))
         assert len(at) == min(total, count)
         assert len(at) < 2 or (np.diff(at).min() >= 1 and np.ptp(np.diff(at)) <= 1)
+
+
+@pytest.mark.parametrize("buckets", [1, 16, 2**20])
+@pytest.mark.parametrize(
+    ("targets", "vocab", "top"), [(0, 5, 0), (1, 5, 0), (2, 5, 0), (409, 11, 0), (200, 4, 3)]
+)
+def test_the_gate_weighs_all_orders_as_the_loops_do(buckets, targets, vocab, top):
+    """Prices and sums of #834's evaluation; the first chunk is neural alone."""
+    tokens, logp, entropy, _ = recorded(targets, vocab, seed=4)
+    gate = 2 * np.random.default_rng(5).standard_normal((targets, 7)).astype(np.float32)
+    settings = rule_settings(vocab, buckets, chunk=50, ngram_max_order=top)
+    prices, totals = reference.gated_prices(tokens, logp, gate, vocab, 50, buckets, top or 7)
+    got = pseudo_stream("pr834", tokens, logp, entropy, settings, gate)
+    assert got.dtype == torch.float64
+    assert got.numpy() == pytest.approx(prices, rel=1e-12)
+    assert got[:50].numpy() == pytest.approx(logp[:50].astype(np.float64), rel=1e-12)
+    got = pseudo_totals("pr834", tokens, entropy, settings, np.arange(targets), gate=torch.from_numpy(gate))
+    assert got.numpy() == pytest.approx(totals, rel=1e-12)
+    if targets > 50:
+        other = pseudo_stream("pr834", tokens, logp, entropy, settings, gate[:, ::-1].copy())
+        assert abs(other.numpy() - prices).max() > 0.01  # sabotage: the gate's columns reversed
+
+
+def test_tensors_and_arrays_give_the_same():
+    tokens, logp, entropy, _ = recorded(300, 9)
+    gate, settings = np.zeros((300, 7), np.float32), rule_settings(9, 256, 20, pseudo="pr834", gate_head=True)
+    tensors = [
+        torch.from_numpy(part.astype(np.int64 if part is tokens else part.dtype)) for part in (tokens, logp)
+    ]
+    arrays = pseudo_stream("pr834", tokens, logp, entropy, settings, gate)
+    assert pseudo_stream(
+        "pr834", *tensors, torch.from_numpy(entropy), settings, torch.from_numpy(gate)
+    ).equal(arrays)
+    line, numbers = pseudo_report(tokens, logp, entropy, np.ones(300, np.uint16), settings, gate=gate)
+    assert line.startswith("pseudo pr834: ")
+    assert numbers["pseudo_bpb"] == pytest.approx(-arrays.mean().item() / math.log(2))
+    mass = pseudo_mass("pr834", tokens, entropy, settings, 1, gate)
+    assert mass == pytest.approx(numbers["mass"])
+
+
+def oracle_case(folder, monkeypatch):
+    """Two shards, blocks of 53 tokens, a batch of two rows; settings and stream."""
+    generator = np.random.default_rng(6)
+    shards = [generator.integers(0, 9, size).astype(np.uint16) for size in (400, 301)]
+    for number, shard in enumerate(shards):
+        write_shard(folder / f"x_train_{number}.bin", shard)
+    monkeypatch.setattr(train_gpt, "ORACLE_BLOCK", 53)
+    more = {"RECIPE": "smoke", "PSEUDO": "pr834", "GATE_HEAD": "1", "NGRAM_BUCKETS": "64", "VOCAB_SIZE": "9"}
+    settings = Settings.from_env(more)
+    return shards, settings, TokenStream(sorted(folder.glob("*.bin")), settings)
+
+
+def test_oracle_is_the_dictionary_and_headers_are_no_tokens(tmp_path, process, monkeypatch):
+    shards, settings, stream = oracle_case(tmp_path, monkeypatch)
+    oracle, batch = PseudoOracle(settings, process), stream.batch(1, 0).long()[:2]
+    assert (oracle.ratios(batch[:, :-1], batch[:, 1:]) == -1).all()
+    oracle.count(stream)
+    got = oracle.ratios(batch[:, :-1], batch[:, 1:])
+    want = reference.oracle_ratios(shards, batch.numpy(), 53, 64)
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert (want >= 0).mean() > 0.9
+    # Bigrams: one for each token but the first of each of 14 blocks, in both kinds of table.
+    assert oracle.tables.sum(dim=1)[[0, 6]].tolist() == [701 - 14] * 2
+    wrong = reference.oracle_ratios(shards, batch.numpy(), 701, 64)
+    assert abs(got.numpy() - wrong).max() > 1e-3  # sabotage: n-grams across blocks
+
+
+def test_ranks_share_the_blocks_and_hold_the_same_tables(tmp_path, process, monkeypatch):
+    _, settings, stream = oracle_case(tmp_path, monkeypatch)
+    whole, parts = PseudoOracle(settings, process), []
+    whole.count(stream)
+    for rank in range(3):
+        alone = types.SimpleNamespace(rank=rank, world_size=3, device=process.device, sum=lambda x: x)
+        alone.agree = lambda elapsed, failure: None
+        parts.append(PseudoOracle(settings, alone))
+        parts[-1].count(stream)
+        assert 0 < parts[-1].tables.sum() < whole.tables.sum()
+    assert sum(part.tables for part in parts).equal(whole.tables)
+
+
+def test_oracle_says_on_every_rank_which_token_is_bad(tmp_path, process, monkeypatch):
+    _, settings, stream = oracle_case(tmp_path, monkeypatch)
+    stream.shards[1] = stream.shards[1].copy()
+    stream.shards[1][7] = 9
+    with pytest.raises(train_gpt.DataError, match="token id 9 is not below VOCAB_SIZE=9"):
+        PseudoOracle(settings, process).count(stream)
 
 
 @pytest.mark.gpu

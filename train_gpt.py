@@ -133,18 +133,18 @@ RECIPES = {
     # quantizer and reaches the embeddings; SWA, collected and dropped by 890, 779, 834, may be exported.
     # Weights are chosen on held-out training tokens (864: validation text), the clipped norm is global (864:
     # local), gains are stored as float32 (890, 779, 834: float16), percentiles searched per row.
-    "pr890": f"{WIDE} BIGRAM_VOCAB_SIZE=4096 EVAL_STRIDE=32",
+    "pr890": f"{WIDE} BIGRAM_VOCAB_SIZE=4096 EVAL_STRIDE=32 PSEUDO=pr890",
     "pr810": f"""{REFERENCE} NUM_LAYERS=10 MLP_MULT=3 SMEAR_GATE=twentieth BIGRAM_VOCAB_SIZE=2048
         BIGRAM_HASH=linear XSA_LAST_N=4 PRE_ENRICH_DIM=768 UNET_LONGER_HALF=encoder EMBED_INIT=overtone
         MUON_SCOPE=lookup MUON_WD_ORDER=after AVERAGE=mean QAT_START=step0 MATRIX_BITS=6 LOOKUP_BITS=6
-        EMBED_BITS=16 COMPRESSOR=lzma""",
-    "pr779": PRUNED,  # both leave 18 seconds of the clock to the export
-    "pr834": PRUNED,  # its learned gate head, 3,591 parameters more, belongs to its n-gram rule
+        EMBED_BITS=16 COMPRESSOR=lzma PSEUDO=pr810""",
+    "pr779": f"{PRUNED} PSEUDO=pr779",  # both leave 18 seconds of the clock to the export
+    "pr834": f"{PRUNED} PSEUDO=pr834 GATE_HEAD=1",  # a learned gate weighs its hashed tables
     # BIGRAM_VOCAB_SIZE=1536 is the model of its seeds 42 and 2024. The first block's value-residual weights,
     # which nothing read, act: that block mixes its values with themselves.
     "pr864": f"""{ELEVEN} MLP_MULT=3 BIGRAM_VOCAB_SIZE=1024 XSA_LAST_N=4 VALUE_RESIDUAL=1 GATED_ATTN=1
         MATRIX_INIT=orthogonal PARALLEL_MUON=1 MUON_SCOPE=matrix SWA_SOURCE=ema QAT_START=time:0.85
-        MATRIX_BITS=6 LOOKUP_BITS=6 EMBED_BITS=16""",
+        MATRIX_BITS=6 LOOKUP_BITS=6 EMBED_BITS=16 PSEUDO=pr864""",
 }
 
 # Names of other submissions: those that a setting here stands for, old:new; the rest by what to do instead.
@@ -153,7 +153,7 @@ RENAMED = """LEAKY_RELU:MLP_ACTIVATION MLP_MULT_ENCODER:MLP_MULT MLP_MULT_DECODE
     USE_VALUE_RESIDUAL:VALUE_RESIDUAL USE_GATED_ATTENTION:GATED_ATTN SWA_START_FRAC:SWA_START_SCALE
     QAT_ENABLED:QAT_START LATE_QAT_THRESHOLD:QAT_START USE_LATE_QAT:QAT_START QAT_TIME_FRAC:QAT_START
     NGRAM_ORDER:NGRAM_MAX_ORDER NGRAM_ENT_BASE:NGRAM_ALPHA_MIN NGRAM_ENABLED:PSEUDO NGRAM_EVAL:PSEUDO
-    USE_MIXER:PSEUDO MIXER_HEAD:PSEUDO"""
+    USE_MIXER:PSEUDO MIXER_HEAD:GATE_HEAD"""
 RULES_OWN = "NGRAM_MIN_ORDER NGRAM_ENT_SCALE NGRAM_ENT_THRESH NGRAM_ENTROPY_CENTER NGRAM_ENTROPY_SCALE"
 REMEDIES = {
     "set EMA_DECAY, 0 switches the average off": "USE_EMA",
@@ -180,8 +180,7 @@ def setting(default, doc: str, low=None, high=None, choices=None, stored: str = 
     """Return a dataclass field with its rule: inclusive range, allowed values, and what artifacts store.
 
     `stored` is "shape" where the weights depend on the value (it cannot differ from the artifact's) and
-    "scoring" where only the printed score does (the artifact's value is a default).
-    """
+    "scoring" where only the printed score does (the artifact's value is a default)."""
     rule = {"doc": doc, "low": low, "high": high, "choices": choices, "stored": stored}
     return dataclasses.field(default=default, metadata=rule)
 
@@ -257,6 +256,7 @@ class Settings:
     pre_enrich_dim: int = setting(0, "width of the MLP before the blocks; 0: none", 0, 2**14, stored="shape")
     ve_layers: str = setting("", "blocks with a value embedding, as in 9,10", stored="shape")
     ve_dim: int = setting(128, "width of the value embedding", 1, 2**14, stored="shape")
+    gate_head: bool = setting(False, "a learned gate over hashed tables, for PSEUDO=pr834", stored="shape")
     mtp_num_heads: int = setting(0, "training-only heads for tokens further ahead", 0, 64)
     mtp_loss_weight: float = setting(0.2, "weight of their mean loss", 0.0, 100.0)
     qk_gain_init: float = setting(1.5, "initial gain of each query head", 0.0, 100.0)
@@ -328,8 +328,7 @@ class Settings:
     def from_env(cls, mapping: Mapping[str, str], stored: Mapping[str, object] | None = None) -> Settings:
         """Return the settings that `mapping` (variable -> text) asks for; `stored` are an artifact's values.
 
-        Raises SettingError naming variable, value, rule and remedy. Pure: looks at its arguments only.
-        """
+        Raises SettingError naming variable, value, rule and remedy. Pure: looks at its arguments only."""
         fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
         for name in sorted(mapping.keys() - fields.keys() - OTHER_TOOLS):
             text = f"{name}={mapping[name]!r} is not a setting"
@@ -371,6 +370,7 @@ class Settings:
         no_qat = s.qat_start == "off" and (s.soft_round_qat or s.crown_q_lambda)
         power = 1 << s.ngram_buckets.bit_length() >> 1
         last = max(s.value_layers, default=0)
+        gated = s.pseudo == "pr834" or bool(s.eval_only and s.gate_head)
         for name, broken, rule, number in (
             ("MODEL_DIM", s.model_dim % s.num_heads, "a multiple of NUM_HEADS", s.num_heads),
             ("NUM_HEADS", s.num_heads % s.num_kv_heads, "a multiple of NUM_KV_HEADS", s.num_kv_heads),
@@ -379,6 +379,7 @@ class Settings:
             ("TRAIN_BATCH_TOKENS", ragged, "a multiple of slots times sequence", row),
             ("VAL_BATCH_SIZE", s.val_batch_size < val_row, "at least MICRO_BATCH_SLOTS windows", val_row),
             ("NGRAM_BUCKETS", s.ngram_buckets ^ power, "a power of two", f"{power} or {2 * power}"),
+            ("GATE_HEAD", s.gate_head != gated, "on with PSEUDO=pr834 and only then", s.pseudo),
             ("EVAL_STRIDE", s.eval_stride > s.window, "at most the scoring window", s.window),
             ("XSA_LAST_N", s.xsa_last_n > s.num_layers, "at most NUM_LAYERS", s.num_layers),
             ("VE_LAYERS", last >= s.num_layers, "numbers below NUM_LAYERS", s.num_layers),
@@ -667,8 +668,7 @@ class TokenStream:
     """Training tokens as one endless stream over all shards; a batch is a pure function of its number.
 
     The stream is cut into equal lanes that are read side by side: sequence q is row q // lanes of lane
-    q % lanes. One lane is the contest's order; more lanes put distant documents into one small batch.
-    """
+    q % lanes. One lane is the contest's order; more lanes put distant documents into one small batch."""
 
     def __init__(self, paths: list[Path], settings: Settings) -> None:
         self.paths, self.settings = paths, settings
@@ -827,8 +827,7 @@ def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Datase
     """Open everything under DATA_PATH and check it; `carried` is the tokenizer that came with an artifact.
 
     Raises DataError where files are missing or damaged, do not fit together or do not add up to the bytes
-    that the manifest counted; SettingError where VOCAB_SIZE is not the tokenizer's.
-    """
+    that the manifest counted; SettingError where VOCAB_SIZE is not the tokenizer's."""
     folder = Path(settings.data_path)
     paths, manifest = find_shards(folder, "val"), read_manifest(folder)
     tokenizer = carried or Tokenizer.load(Path(settings.tokenizer_path))
@@ -875,8 +874,7 @@ def rotary_tables(length: int, dims: int, base: float, ntk_length: int = 0) -> T
     """Return cos and sin of the rotary angles, (2, length, dims / 2) float32 (arXiv 2104.09864).
 
     Beyond `ntk_length`, if that is set, the base grows by (length / ntk_length)^(dims / (dims - 2)): the
-    slowest channel turns no further than it did at ntk_length ("NTK-aware" scaling).
-    """
+    slowest channel turns no further than it did at ntk_length ("NTK-aware" scaling)."""
     if 0 < ntk_length < length:
         base *= (length / ntk_length) ** (dims / max(dims - 2, 1))
     frequencies = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
@@ -893,20 +891,24 @@ def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
 
 
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """Return attention outputs y (B, H, T, D) without their part along the token's own value v (B, K, T, D).
-
-    Exclusive self attention (parameter-golf #198, #265): y - (y . u) u with u = v / |v|.
-    """
+    """Return y (B, H, T, D) less its part along the own value v (B, K, T, D): exclusive self attention."""
     unit, grouped = F.normalize(v, dim=-1, eps=1e-12)[:, :, None], y.unflatten(1, (v.size(1), -1))
     return (grouped - (grouped * unit).sum(dim=-1, keepdim=True) * unit).flatten(1, 2)
 
 
-def gate(inputs: int, outputs: int, bias: float) -> nn.Linear:
+def gate(inputs: int, outputs: int, bias: float | list[float]) -> nn.Linear:
     """Return a linear layer that starts as its bias, whatever comes in: for gates sigmoid(layer(x))."""
     layer = nn.Linear(inputs, outputs)
     nn.init.zeros_(layer.weight)
-    nn.init.constant_(layer.bias, bias)
+    layer.bias.data.copy_(torch.tensor(bias))
     return layer
+
+
+def pseudo_weights(gate: Tensor, matched: Tensor) -> Tensor:
+    """Return #834's weights (..., 1 + O): softmax of `gate` where `matched`, 5 % for the neural price."""
+    known = F.pad(matched, (1, 0), value=True)
+    weights = 0.95 * gate[..., : known.size(-1)].masked_fill(~known, -math.inf).softmax(dim=-1)
+    return torch.cat((0.05 + weights[..., :1], weights[..., 1:]), dim=-1)
 
 
 class Attention(nn.Module):
@@ -927,8 +929,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Tensor, extra=None, first=None) -> tuple[Tensor, Tensor]:
         """Return the attention branch for x (B, T, D), and the first block's values (B, T, K * D / H).
 
-        `extra`: a value embedding to add to this block's values; `first`: None in the first block.
-        """
+        `extra`: a value embedding to add to this block's values; `first`: None in the first block."""
         B, T, D = x.shape
         q = self.c_q(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, D / H)
         k = self.c_k(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)  # (B, K, T, D / H)
@@ -980,8 +981,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, x0: Tensor, *carried: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the stream after this block and the first values; x, x0 (the embedding) are (B, T, D).
 
-        `carried`: rotary tables, value embedding, first values, as Attention.forward takes them.
-        """
+        `carried`: rotary tables, value embedding, first values, as Attention.forward takes them."""
         mix = self.resid_mix.to(x.dtype)
         start = mix[0] * x + mix[1] * x0
         branch, first = self.attn(rms_norm(start, self.norm_scale), *carried)
@@ -1012,8 +1012,7 @@ def bigram_indices(ids: Tensor, rows: int, form: str) -> Tensor:
     """Return the row of the bigram table for each token of ids (B, T) and the one before it.
 
     "xor" (PRs #890, #779, #834, #864) keeps the last row for a token without predecessor; "linear" (#810)
-    takes token 0 for it.
-    """
+    takes token 0 for it."""
     previous = F.pad(ids[:, :-1], (1, 0))
     if form == "linear":
         return (92_821 * previous + ids) % rows
@@ -1025,8 +1024,7 @@ def parameter_role(name: str, parameter: Tensor) -> str:
     """Return "embedding", "head", "lookup", "projection", "matrix" or "scalar".
 
     A lookup is a table of bigrams or values, its projection follows it. Optimizer groups, initial values and
-    bit widths all go by the role.
-    """
+    bit widths all go by the role."""
     if parameter.ndim != 2 or not name.endswith(".weight") or "gate" in name:
         return "scalar"
     first, part = name.split(".")[0], name.split(".")[-2]
@@ -1037,10 +1035,7 @@ def parameter_role(name: str, parameter: Tensor) -> str:
 
 @torch.no_grad()
 def initialize(model: nn.Module, settings: Settings) -> None:
-    """Give the matrices their initial values; those that write into the residual stream or to logits: zero.
-
-    "overtone" (#810): the k-th singular value of the embedding is the first over sqrt(k).
-    """
+    """Give the matrices their initial values: zero where they write to the residual stream or to logits."""
     if settings.embed_init == "overtone":
         u, spectrum, v = torch.linalg.svd(model.tok_emb.weight, full_matrices=False)
         places = torch.arange(1, len(spectrum) + 1, device=spectrum.device)
@@ -1080,6 +1075,8 @@ class GPT(nn.Module):
             up = nn.Linear(D, s.pre_enrich_dim, bias=False)
             self.pre_enrich = nn.Sequential(up, nn.GELU(), nn.Linear(s.pre_enrich_dim, D, bias=False))
         initialize(self, s)
+        # Of #834: the neural price, then orders 2 ... 7.
+        self.gate_head = gate(D, 7, [2.0] + 6 * [0.0]) if s.gate_head else None
         for length in {s.train_seq_len, s.window}:
             tables = rotary_tables(length, s.rope_dims or s.head_dim, s.rope_base, s.rope_ntk_length)
             self.register_buffer(f"rotary_{length}", tables, persistent=False)
@@ -1087,8 +1084,7 @@ class GPT(nn.Module):
     def smeared(self, ids: Tensor) -> Tensor:
         """Return the embeddings (B, T, D) of ids with bigrams and a learned share of the position before.
 
-        The norm comes before the share, sigmoid(gate) by channel, unless pre-enrichment (#810) follows.
-        """
+        The norm comes before the share, sigmoid(gate) by channel, unless pre-enrichment (#810) follows."""
         s, x = self.settings, self.tok_emb(ids)
         if self.bigram is not None:
             x = x + self.bigram(bigram_indices(ids, s.bigram_vocab_size, s.bigram_hash))
@@ -1133,16 +1129,30 @@ class GPT(nn.Module):
         """Return logits (B, T, V) in float32 for ids (B, T), or (B, last, V) for the last positions only."""
         return self.capped(self.hidden(ids, last), self.lm_head)
 
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+    def gated_logits(self, ids: Tensor, last: int | None = None) -> Tensor:
+        """Return what `logits` returns and, of the same pass, the logits of the gate, (B, last, V + 7)."""
+        x = self.hidden(ids, last)
+        return torch.cat((self.capped(x, self.lm_head), self.gate_head(x).float()), dim=-1)
+
+    def pseudo_loss(self, x: Tensor, logits: Tensor, targets: Tensor, ratios: Tensor) -> Tensor:
+        """Return the mean pseudo-price of targets (B, T) in nats, by ratios (B, T, O) of `PseudoOracle`."""
+        neural = torch.exp(-F.cross_entropy(logits, targets.flatten(), reduction="none")).view_as(targets)
+        weights = pseudo_weights(self.gate_head(x).float(), ratios >= 0)
+        prices = weights[..., 0] * neural + (weights[..., 1:] * ratios).sum(dim=-1)
+        return -prices.clamp(min=1e-12).log().mean()
+
+    def forward(self, ids: Tensor, targets: Tensor, ratios: Tensor | None = None) -> Tensor:
         """Return the mean cross entropy in nats of targets (B, T) after ids (B, T).
 
-        Each MTP head adds its share of the loss on targets 1, 2, ... further ahead (arXiv 2404.19737).
-        """
+        Each MTP head adds its share of the loss on targets 1, 2, ... further ahead (arXiv 2404.19737), #834's
+        gate head a tenth of its own, whose gradient reaches the blocks."""
         x, loss = self.hidden(ids), 0.0
         for ahead, head in enumerate((self.lm_head, *self.mtp_heads)):
             logits = self.capped(x[:, : x.size(1) - ahead], head).flatten(0, 1)
             weight = self.settings.mtp_loss_weight / len(self.mtp_heads) if ahead else 1.0
             loss = loss + weight * F.cross_entropy(logits, targets[:, ahead:].flatten())
+            if ratios is not None and not ahead:
+                loss = loss + 0.1 * self.pseudo_loss(x, logits, targets, ratios)
         return loss
 
 
@@ -1150,8 +1160,7 @@ def try_attention_kernel(name: str, settings: Settings, process: Process) -> Non
     """Switch scaled_dot_product_attention to kernel `name`, compare it with PyTorch's own, raise if it fails.
 
     Compares output and gradients of a small causal case of the run's heads in bfloat16. PyTorch prefers cuDNN
-    where it has it, which would hide the flash kernel under test: it is switched off first.
-    """
+    where it has it, which would hide the flash kernel under test: it is switched off first."""
     if process.device.type != "cuda":
         raise RuntimeError("there is no CUDA device")
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -1198,17 +1207,17 @@ def select_attention(settings: Settings, process: Process, log: Log) -> None:
 # ============================================================================================================
 
 
-def learning_rate_scale(step: int, elapsed_ms: float, settings: Settings) -> float:
+def learning_rate_scale(step: int, elapsed_ms: float, settings: Settings, before_ms: float = 0.0) -> float:
     """Return the factor on every learning rate: 1, then linear to 0 over the last WARMDOWN_ITERS steps.
 
-    Under a wall-clock limit, steps to come are estimated from the mean step so far (parameter-golf baseline).
-    """
+    Under a wall-clock limit, steps to come are estimated from the mean step so far (parameter-golf baseline),
+    what the clock said before the first step left out."""
     if settings.warmdown_iters == 0:
         return 1.0
     if settings.max_wallclock_seconds == 0:
         return min(1.0, max(0.0, (settings.iterations - step) / settings.warmdown_iters))
     remaining_ms = max(1000.0 * settings.max_wallclock_seconds - elapsed_ms, 0.0)
-    warmdown_ms = settings.warmdown_iters * elapsed_ms / max(step, 1)
+    warmdown_ms = settings.warmdown_iters * (elapsed_ms - before_ms) / max(step, 1)
     return remaining_ms / warmdown_ms if remaining_ms <= warmdown_ms and warmdown_ms > 0 else 1.0
 
 
@@ -1232,8 +1241,7 @@ def orthogonalize(update: Tensor, steps: int) -> Tensor:
     """Return matrices (..., R, C) pushed towards orthogonal ones by `steps` Newton-Schulz iterations.
 
     The quintic of Muon ("zeropower_via_newtonschulz5"); singular values end near 1, not at it. bfloat16 on
-    CUDA, float32 on CPU, where bfloat16 is slower.
-    """
+    CUDA, float32 on CPU, where bfloat16 is slower."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = update.to(torch.bfloat16 if update.is_cuda else torch.float32)
     tall = x.size(-2) > x.size(-1)
@@ -1268,8 +1276,7 @@ class Muon:
     p = (1 - lr * decay) * p - lr * sqrt(max(1, rows / columns)) * u (Keller Jordan's Muon). Each rank
     orthogonalizes its own slice of every bank. Sums of gradients run while AdamW steps (unless it needs the
     clipping norm), a bank's updates travel while the next bank is worked on. PARALLEL_MUON (#864) gives each
-    rank its slice of the sums alone.
-    """
+    rank its slice of the sums alone."""
 
     def __init__(self, matrices: list[nn.Parameter], settings: Settings, process: Process) -> None:
         self.settings, self.process, self.banks = settings, process, []
@@ -1383,8 +1390,7 @@ class Averages:
     """EMA and SWA of the weights, both float32; what AVERAGE does not use is not collected.
 
     ema = decay * ema + (1 - decay) * weights after every step. swa = mean of the snapshots of weights or EMA
-    taken every SWA_EVERY steps once the learning-rate scale is below SWA_START_SCALE (arXiv 1803.05407).
-    """
+    taken every SWA_EVERY steps once the learning-rate scale is below SWA_START_SCALE (arXiv 1803.05407)."""
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.settings, self.live = settings, dict(model.named_parameters())
@@ -1451,8 +1457,7 @@ def quantize_rows(weight: Tensor, bits: int, search=False, floor=False) -> tuple
 
     Restored values are off by at most half a scale (and half the smallest scale for rows near zero), unless
     `search` clips a row at the percentile with the least squared error. `floor` keeps scales at 1 / limit at
-    least (coarser, compresses better). Training and export both call this.
-    """
+    least (coarser, compresses better). Training and export both call this."""
     limit, weight = 2 ** (bits - 1) - 1, weight.float()
 
     def integers(scale: Tensor) -> Tensor:
@@ -1489,8 +1494,7 @@ class QuantizationAware(nn.Module):
     """The training loss of the model that the artifact will hold: every matrix passes the export quantizer.
 
     Gradients pass straight through (arXiv 1308.3432), or through a soft rounding that hardens as the
-    learning-rate scale falls. Matrices of one width and precision are quantized as one: a small graph.
-    """
+    learning-rate scale falls. Matrices of one width and precision are quantized as one: a small graph."""
 
     def __init__(self, model: GPT, settings: Settings) -> None:
         super().__init__()
@@ -1526,12 +1530,12 @@ class QuantizationAware(nn.Module):
             weights |= dict(zip(names, rows, strict=True))
         return weights
 
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         """Return the loss of the quantized model, as GPT.forward, and CROWN-Q (#779) on top.
 
         CROWN-Q: CROWN_Q_LAMBDA / 12 * sum over matrices of mean(w^2 d^2), d = largest |w| of the row / limit.
         """
-        s, loss = self.settings, torch.func.functional_call(self.model, self.quantized(), (ids, targets))
+        s, loss = self.settings, torch.func.functional_call(self.model, self.quantized(), inputs)
         for name, p in self.model.named_parameters() if s.crown_q_lambda else ():
             if parameter_role(name, p) in ("matrix", "projection"):
                 steps = p.detach().abs().amax(dim=1, keepdim=True) / (2 ** (s.matrix_bits - 1) - 1)
@@ -1729,8 +1733,7 @@ def plan_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
 
     A window reads the inputs start ... stop - 1 (at most seq_len) and prices the targets first ... stop - 1,
     counted from 0; target i follows input i. The first window prices all of its targets, each later one the
-    next `stride`, with as much context as fits; the last ends at `total`. Pure.
-    """
+    next `stride`, with as much context as fits; the last ends at `total`. Pure."""
     opening = min(seq_len, total)
     stops = np.concatenate(([opening], np.arange(opening + stride, total + stride, stride).clip(max=total)))
     stops = stops[: 1 + -(-(total - opening) // stride)].astype(np.int64)
@@ -1745,57 +1748,54 @@ class ScoredChunk(NamedTuple):
     targets: Tensor  # int64, their token ids
     logp: Tensor  # float32, log-probability of the target in nats
     entropy: Tensor  # float32, entropy of the whole distribution in nats
-    proposed: Tensor  # (K, n) float32, log-probabilities of the cache's proposals, 0 where there is none
+    beside: Tensor  # (K, n) float32: log-probabilities of proposals, 0 for none, then the logits of a gate
 
 
 def score_windows(
     logits, tokens: np.ndarray, plan: np.ndarray, settings: Settings, process: Process, label: str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield targets (n,) int64 that windows of `plan` price, and their rows of log-probabilities (n, V).
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield targets (n,) that windows of `plan` price, their rows of log-probabilities (n, V), and the rest.
 
-    `logits(ids, last)` is GPT.logits or its compiled twin. Every pass has one of two shapes: opening
-    windows hand out all positions, later ones the last few; short batches are padded with unread windows.
-    """
+    `logits(ids, last)` is GPT.logits or GPT.gated_logits, perhaps compiled. Every pass has one of two shapes:
+    opening windows hand out all positions, later ones the last few; short batches are padded."""
     seq_len, priced = settings.window, plan[:, 2] - plan[:, 1]
     batch = settings.val_batch_size // settings.micro_batch_slots // seq_len
     later = int(priced[plan[:, 1] > 0].max(initial=1))
     opens = (plan[:, 1] == 0) | (later == seq_len)
     with process.progress(len(plan), label) as bar:
         for windows, last in ((plan[opens], seq_len), (plan[~opens], later)):
-            rows = min(batch, len(windows))
-            for begin in range(0, len(windows), max(rows, 1)):
-                start, first, stop = windows[begin : begin + rows].T[:, :, None]
-                inputs = start + np.arange(seq_len)  # (rows, seq_len)
+            size = min(batch, len(windows))
+            for begin in range(0, len(windows), max(size, 1)):
+                start, first, stop = windows[begin : begin + size].T[:, :, None]
+                inputs = start + np.arange(seq_len)  # (size, seq_len)
                 ids = np.where(inputs < stop, tokens[inputs.clip(max=len(tokens) - 1)], 0).astype(np.int32)
-                ids = np.concatenate((ids, np.zeros((rows - len(ids), seq_len), np.int32)))
+                ids = np.concatenate((ids, np.zeros((size - len(ids), seq_len), np.int32)))
                 kept = inputs[:, seq_len - last :]
                 wanted = np.flatnonzero((kept >= first) & (kept < stop))
                 arrays = (ids, wanted, kept.reshape(-1)[wanted])
                 inputs, picked, positions = (torch.from_numpy(x).to(process.device) for x in arrays)
                 with torch.inference_mode(), process.precision():
                     scores = logits(inputs.long(), last).flatten(0, 1).index_select(0, picked)
-                    scores = scores.log_softmax(dim=-1)
-                yield positions, scores
+                    rows, rest = scores.tensor_split((settings.vocab_size,), dim=-1)
+                    rows = rows.log_softmax(dim=-1)
+                yield positions, rows, rest
                 bar.update(len(start))
 
 
 def score_stream(
     logits, tokens: np.ndarray, settings: Settings, stride: int, process: Process, label: str, proposals=None
 ) -> Iterator[ScoredChunk]:
-    """Yield this rank's share of all targets of `tokens` (N + 1,), in windows that advance by `stride`.
-
-    `proposals` (K, N) are token ids to price as well; ids out of the vocabulary stand for none.
-    """
+    """Yield this rank's share of all targets of `tokens` (N + 1,); `proposals` (K, N): tokens priced too."""
     total, device = len(tokens) - 1, process.device
     proposals = torch.empty((0, total), device=device) if proposals is None else proposals
     plan = plan_windows(total, settings.window, stride)[process.rank :: process.world_size]
     following = torch.from_numpy(tokens[1:].astype(np.int32)).to(device)
-    for positions, rows in score_windows(logits, tokens, plan, settings, process, label):
+    for positions, rows, rest in score_windows(logits, tokens, plan, settings, process, label):
         targets, asked = following[positions].long(), proposals.index_select(1, positions).long()
         known = asked < rows.shape[1]
         proposed = rows.gather(1, asked.where(known, 0).t()).t() * known
-        entropy = -(rows.exp() * rows).sum(dim=-1)
-        yield ScoredChunk(positions, targets, rows.gather(1, targets[:, None])[:, 0], entropy, proposed)
+        logp, entropy = rows.gather(1, targets[:, None])[:, 0], -(rows.exp() * rows).sum(dim=-1)
+        yield ScoredChunk(positions, targets, logp, entropy, torch.cat((proposed, rest.t().float())))
 
 
 def score_sample(logits, tokens: np.ndarray, at: np.ndarray, settings: Settings, process: Process) -> Tensor:
@@ -1804,7 +1804,7 @@ def score_sample(logits, tokens: np.ndarray, at: np.ndarray, settings: Settings,
     plan = plan[np.unique(np.searchsorted(plan[:, 2], at, side="right"))][process.rank :: process.world_size]
     asked = torch.from_numpy(at).to(process.device)
     table = torch.zeros((len(at), settings.vocab_size), device=process.device)
-    for positions, rows in score_windows(logits, tokens, plan, settings, process, "sample"):
+    for positions, rows, _ in score_windows(logits, tokens, plan, settings, process, "sample"):
         chosen = torch.isin(positions, asked)
         table.index_copy_(0, torch.searchsorted(asked, positions[chosen]), rows[chosen].float())
     return process.sum(table)
@@ -1906,8 +1906,7 @@ def line_up(group: Tensor, target: Tensor, cut: int = 0) -> Line:
     """Return `target` sorted by (group, target); within a group it must be ascending already.
 
     `cut`: all groups before that place are below all groups behind it; the two parts are sorted side by side.
-    On a CPU group and target share a 64-bit word where they fit, numpy's fastest sort; else in two steps.
-    """
+    On a CPU group and target share a 64-bit word where they fit, numpy's fastest sort; else in two steps."""
     bits = int(target.max() if len(target) else 0).bit_length() if group.device.type == "cpu" else 63
     if bits < 63 and (len(group) == 0 or int(group.max()) < 2 ** (63 - bits)):
         word = (group << bits | target).numpy()
@@ -1984,8 +1983,7 @@ def count_lines(tokens: Tensor, top: int, vocab_size: int) -> Iterator[tuple[int
     """Yield (order, line, extended line) for the orders 2 ... top of `tokens` (N + 1,), shortest first.
 
     Sorted by the token that follows, the line of order n becomes that of order n + 1. Contexts that occur
-    once have no evidence and leave: long orders cost next to nothing.
-    """
+    once have no evidence and leave: long orders cost next to nothing."""
     total = max(len(tokens) - 1, 0)
     extended = line_up(tokens.long(), torch.arange(len(tokens), device=tokens.device))
     for order in range(2, top + 1):
@@ -2008,16 +2006,12 @@ def exact_counts(tokens: Tensor, order: int, vocab_size: int) -> Counts:
     """Return the exact counts of one order: `tokens` (N + 1,) int32 or int64, each (N,) on their device.
 
     The context of target tokens[i + 1] is the order - 1 tokens before it. Where it is incomplete or was never
-    seen: 0, 0, 0, -1. Contexts run across document markers. Raises SettingError for an order below 2.
-    """
+    seen: 0, 0, 0, -1. Contexts run across document markers. Raises SettingError for an order below 2."""
     return next(counts for _, counts in count_orders(tokens, [order], vocab_size))
 
 
 def count_families(tokens: Tensor, settings: Settings) -> Iterator[tuple[str, Evidence]]:
-    """Yield (name, Evidence) for every context family: what can be told from `tokens` (N + 1,) int32.
-
-    order<n>: the n - 1 tokens before the target; document<n>: the same inside its document.
-    """
+    """Yield (name, Evidence) for every family that can be told from `tokens` (N + 1,) int32."""
     document = (tokens[:-1] == MARKER_ID).cumsum(0, dtype=torch.int32)
     for order, line, extended in count_lines(tokens, settings.cache_max_order, settings.vocab_size):
         if order in ORDER_LADDER:
@@ -2040,8 +2034,7 @@ def encode_evidence(evidence: Evidence, neighbour: Tensor, log_code: Tensor) -> 
     """Return the codes of a family, (6, N) uint8; each is known before the target is.
 
     Logarithms (by the table `log_code` (N + 1,) uint8) of count, distinct continuations and age; seen once;
-    how often the last continuation was right; whether it is the `neighbour`'s too.
-    """
+    how often the last continuation was right; whether it is the `neighbour`'s too."""
     _, seen, distinct, last = evidence.counts
     logs = [log_code.index_select(0, number) for number in (seen, distinct, evidence.age)]
     hits = (CODE_ONE * evidence.hits.long() + seen // 2) // seen.clamp(min=1)
@@ -2125,8 +2118,7 @@ class Gate:
     def learn(self, chunk: Chunk, forward: tuple[Tensor, Tensor]) -> None:
         """Take CACHE_STEPS steps of Adam on the mean price of a chunk; `forward` is its forward pass.
 
-        The gradient of -log sum(w p) by the logits is w minus the experts' posterior w p / sum(w p).
-        """
+        The gradient of -log sum(w p) by the logits is w minus the experts' posterior w p / sum(w p)."""
         for step in range(self.steps):
             hidden, weights = self.forward(chunk) if step else forward
             joint = weights * chunk.prices
@@ -2151,10 +2143,7 @@ class Gate:
 
 
 def plan_chunks(total: int, most: int) -> Iterator[tuple[int, int]]:
-    """Yield (begin, end) of the chunks of `total` targets: a quarter of what is known, `most` at most.
-
-    In a long stream a chunk is a 4,096th of what is known: the gate has settled.
-    """
+    """Yield (begin, end) of the chunks of `total` targets: shares of what is known, `most` for long."""
     begin = 0
     while begin < total:
         length = max(FIRST_CHUNK, min(most, begin // 4), begin // 4_096)
@@ -2163,10 +2152,7 @@ def plan_chunks(total: int, most: int) -> Iterator[tuple[int, int]]:
 
 
 def shared_features(logp: Tensor, entropy: Tensor, proposed: Tensor | None) -> Tensor:
-    """Return the features that no family owns, (features, N) float32.
-
-    One, entropy, prices of earlier targets (`logp` (N,), one target late at least), proposals (K, N).
-    """
+    """Return features (features, N) that no family owns; `logp` (N,) enters one target late at least."""
     late = [F.pad(logp, (lag, 0))[: len(logp)] / 4 for lag in (1, 2, 3)]
     sums = F.pad(logp.double().cumsum(0), (RECENT + 1, 0))
     mean = (sums[RECENT:-1] - sums[: -RECENT - 1]).float() / RECENT
@@ -2175,10 +2161,7 @@ def shared_features(logp: Tensor, entropy: Tensor, proposed: Tensor | None) -> T
 
 
 def never_worse(logp: Tensor, gated: Tensor) -> Tensor:
-    """Return the prices (N,) float32 of the Bayesian mixture of the neural model and the gated mixture.
-
-    Prior one half each, posterior from earlier targets: no stream costs over log 2, one bit, more.
-    """
+    """Return the Bayesian mixture (N,) float32 of both prices: at most log 2, one bit, over the neural."""
     neural = logp.double()
     lead = (gated - neural).cumsum(0) - (gated - neural)  # of the gate, over all targets before
     return torch.logaddexp(F.logsigmoid(-lead) + neural, F.logsigmoid(lead) + gated).float()
@@ -2196,8 +2179,7 @@ def mix_prices(
 ) -> Mixture:
     """Price all targets of `tokens` (N + 1,) left to right; price a chunk, then learn from it.
 
-    `logp`, `entropy` (N,) float32 of the neural model; `proposed` (K, N): its view of known.proposals.
-    """
+    `logp`, `entropy` (N,) float32 of the neural model; `proposed` (K, N): its view of known.proposals."""
     shared, total, families = shared_features(logp, entropy, proposed), len(logp), len(known.names)
     vocab_rows, experts = min(settings.vocab_size + 1, EMBED_ROWS), 1 + 2 * families
     network = Gate(6 * families + len(shared), experts, settings, logp.device)
@@ -2223,18 +2205,15 @@ def mix_prices(
 
 
 def mix_stream(tokens: Tensor, logp: Tensor, entropy: Tensor, settings: Settings) -> Tensor:
-    """Return the log-probabilities (N,) float32 of targets 1 ... N under the mixture, in nats.
-
-    `tokens` (N + 1,) integers, `logp` and `entropy` (N,) float32: a recorded neural stream.
-    """
+    """Return the log-probabilities (N,) float32 of the targets of a recorded stream, tokens (N + 1,)."""
     return mix_prices(tokens, recall(tokens, settings), logp, entropy, None, settings).logp
 
 
 def hand_over(chunks: list[ScoredChunk], total: int, rows: int, process: Process) -> Tensor:
-    """Return what all ranks scored, by position: (2 + rows, total) float32: logp, entropy, proposed."""
+    """Return what all ranks scored, by position: (2 + rows, total) float32: logp, entropy, beside."""
     table = torch.zeros((2 + rows, total), device=process.device)
     for chunk in chunks:
-        values = torch.cat((chunk.logp[None], chunk.entropy[None], chunk.proposed)).float()
+        values = torch.cat((chunk.logp[None], chunk.entropy[None], chunk.beside)).float()
         table.index_copy_(1, chunk.positions, values)
     return process.sum(table)  # each position comes from one rank, zeros from the others
 
@@ -2254,223 +2233,209 @@ def gain_interval(saved: np.ndarray, target_bytes: np.ndarray, document: np.ndar
 # what the hashed evaluators of five submissions make of it, what their "probabilities" sum to. Each looks up
 # the realised target alone in tables whose buckets many n-grams share, so the sum is not 1 and the figure is
 # no code length. Nothing of it reaches the ledger, and all that may see a target says `pseudo`.
+# #834's gate learns from such tables over the training tokens, `PseudoOracle`.
 # Legend: O orders 2 ... max_order, N targets, Q asked targets, K candidates for each of them.
 # ============================================================================================================
 
 PSEUDO_PIECE = 2**15  # targets of one call: more would be shared out over threads, which wait for each other
 PSEUDO_BLOCK = 2**24  # buckets asked for at a time: bounds memory, changes nothing
+ORACLE_BLOCK = 10_000_000  # training tokens counted at a time
 # Multipliers of an n-gram's tokens, oldest first; #864 and #890 each go on from #779's.
 HASH_779 = (36313, 27191, 51647, 81929, 131071, 174763, 233017)
 HASH_864 = (*HASH_779, 283721, 347237, 409891, 479909, 557927, 631553, 716279, 811207)
 HASH_890 = (*HASH_779, 299993, 350377)
-# By order, from 2 on: the entropy in nats at which alpha is halfway, and the factor on alpha.
-CENTERS_864 = tuple(3.0 - 0.25 * row for row in range(14))
-CENTERS_890 = (4.5, 4.2, 3.8, 3.5, 3.2, 3.0, 2.8, 2.6)
-CENTERS_810 = (4.5, 4.2, 3.8, 3.5, 3.2, 3.0, 3.0, 3.0, 2.7, 2.5)
-WEIGHTS_864 = (0.3, 0.3, 0.97) + (2.0,) * 11
-WEIGHTS_810 = (0.30, 0.45, 1.0, 1.88, 1.88) + (2.0,) * 5
+# By level (0: no match, 1: order 2, 2: order 3, ...): entropy in nats at which alpha is halfway; its factor.
+CENTERS_864 = tuple(3.25 - 0.25 * level for level in range(15))
+CENTERS_890 = (0.0, 4.5, 4.2, 3.8, 3.5, 3.2, 3.0, 2.8, 2.6)
+CENTERS_810 = (0.0, 4.5, 4.2, 3.8, 3.5, 3.2, 3.0, 3.0, 3.0, 2.7, 2.5)
+WEIGHTS_864 = (0.0, 0.3, 0.3, 0.97) + (2.0,) * 11
+WEIGHTS_810 = (0.0, 0.30, 0.45, 1.0, 1.88, 1.88) + (2.0,) * 5
 
 
 class PseudoRule(NamedTuple):
-    """One submission's evaluator as data."""
+    """One submission's evaluator as data; the first seven are settings, too."""
 
     max_order: int
     chunk_tokens: int  # targets priced between two updates of the tables
+    buckets: int  # of each table, a power of two
+    min_count: int  # of a context that matches
+    alpha_min: float
+    alpha_max: float
+    alpha_clip: float
     floor: float  # smallest probability of a target
     centers: tuple[float, ...]
-    weights: tuple[float, ...] = (1.0,) * 8
     multipliers: tuple[int, ...] = HASH_779  # (): a polynomial instead
-    alpha_min: float = 0.05
-    alpha_max: float = 0.60
-    alpha_clip: float = 1.0
-    buckets: int = 4_194_304  # of each table, a power of two
-    min_count: int = 2  # of a context that matches
+    weights: tuple[float, ...] = (0.0,) + (1.0,) * 8
+    least: int = 0  # targets seen before which alpha is 0
     gap: int = 0  # newest tokens that a context leaves out
-    sees_target: bool = False  # a match also needs F > 0, so the order depends on the target
-    uniform_miss: bool = False  # without a match the ratio is 1 / V; alpha is 0 before 100 targets
+    peeks: bool = False  # a match also needs F > 0, so the order depends on the target
+    gated: bool = False  # a learned gate weighs all orders that match; there is no alpha
 
 
 PSEUDO_RULES = {
-    "pr864": PseudoRule(9, 65_536, 1e-10, CENTERS_864, WEIGHTS_864, HASH_864, alpha_clip=0.95),
-    "pr890": PseudoRule(9, 32, 1e-30, CENTERS_890, multipliers=HASH_890, gap=1, sees_target=True),
-    "pr779": PseudoRule(7, 1_048_576, 1e-12, (4.0,) * 6, uniform_miss=True),
+    "pr864": PseudoRule(9, 65_536, 2**22, 2, 0.05, 0.60, 0.95, 1e-10, CENTERS_864, HASH_864, WEIGHTS_864),
+    "pr890": PseudoRule(9, 32, 2**22, 2, 0.05, 0.60, 1.0, 1e-30, CENTERS_890, HASH_890, gap=1, peeks=True),
+    # Without a match the ratio is 1 / V, for all rules; here alone it has weight.
+    "pr779": PseudoRule(7, 2**20, 2**22, 2, 0.05, 0.60, 1.0, 1e-12, (4.0,) * 7, HASH_779, (1.0,) * 7, 100),
     # No code of it survives: clip, smallest count, table size and floor are guesses.
-    "pr810": PseudoRule(11, 16_384, 1e-20, CENTERS_810, WEIGHTS_810, (), 0.20, 0.75, 0.95),
+    "pr810": PseudoRule(11, 16_384, 2**22, 2, 0.20, 0.75, 0.95, 1e-20, CENTERS_810, (), WEIGHTS_810),
+    "pr834": PseudoRule(7, 2**20, 2**20, 2, 0.0, 0.0, 0.0, 1e-12, (0.0,) * 7, gated=True),
 }
 
 
-def pseudo_rule(name: str, settings: Settings) -> PseudoRule:
-    """Return the rule `name` with the settings that are not 0 in place of its own; raises SettingError."""
-    if name not in PSEUDO_RULES:
-        text = f"PSEUDO={name} is no rule for recorded streams (pr834 needs the logits of its gate)"
-        raise SettingError(f"{text}; choose one of {', '.join(PSEUDO_RULES)}")
-    changes = {
-        "max_order": settings.ngram_max_order,
-        "chunk_tokens": settings.ngram_chunk_tokens,
-        "buckets": settings.ngram_buckets,
-        "min_count": settings.ngram_min_count,
-        "alpha_min": settings.ngram_alpha_min,
-        "alpha_max": settings.ngram_alpha_max,
-        "alpha_clip": settings.ngram_alpha_clip,
-    }
-    rule = PSEUDO_RULES[name]._replace(**{key: value for key, value in changes.items() if value})
-    if not 2 <= rule.max_order <= len(rule.centers) + 1:
-        orders = f"{name}'s orders, 2 to {len(rule.centers) + 1}"
+def pseudo_rule(name: str, settings: Settings, gated: bool = False) -> PseudoRule:
+    """Return the rule `name` with settings above 0 in place of its own; `gated`: gate logits are at hand."""
+    names = [name for name, rule in PSEUDO_RULES.items() if gated or not rule.gated]
+    if name not in names:
+        text = f"PSEUDO={name} is no rule for a stream without the logits of its gate"
+        raise SettingError(f"{text}; choose one of {', '.join(names)}")
+    own = (settings.ngram_max_order, settings.ngram_chunk_tokens, settings.ngram_buckets)
+    own += (settings.ngram_min_count, settings.ngram_alpha_min, settings.ngram_alpha_max)
+    pairs = zip(PseudoRule._fields, (*own, settings.ngram_alpha_clip), strict=False)
+    rule = PSEUDO_RULES[name]._replace(**{field: value for field, value in pairs if value})
+    if not 2 <= rule.max_order <= len(rule.centers):
+        orders = f"{name}'s orders, 2 to {len(rule.centers)}"
         raise SettingError(f"NGRAM_MAX_ORDER={rule.max_order} is not one of {orders}; choose one of them")
     return rule
 
 
-def pseudo_hashes(rule: PseudoRule, tokens: Tensor) -> Tensor:
-    """Return the hash of each target's context, (O, N) int32.
+def pseudo_pairs(rule: PseudoRule, contexts: Tensor, targets: Tensor) -> Tensor:
+    """Return the bucket of each context (O, ...) with its target (...), or with each of (1, K) targets."""
+    if not rule.multipliers:
+        return contexts * 1_000_003 + targets & rule.buckets - 1
+    factors = targets.new_tensor(rule.multipliers[1 : rule.max_order]).view(-1, *[1] * targets.ndim)
+    return (factors * targets ^ contexts).bitwise_and_(rule.buckets - 1)
 
-    Order n has n - 1 tokens t_k, k = 0 the oldest. #864, #890, #779: XOR of t_k * multiplier_k. #810: a
-    polynomial, whose even step lets old tokens fade away. Buckets are low bits, which overflow leaves alone.
-    """
-    orders, total = rule.max_order - 1, len(tokens) - 1
+
+def pseudo_keys(rule: PseudoRule, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the buckets of each target's context and of both together, (O, ..., N), of tokens (..., N + 1).
+
+    Order n has n - 1 tokens t_k, k = 0 the oldest. #864, #890, #779, #834: XOR of t_k * multiplier_k. #810: a
+    polynomial, whose even step lets old tokens fade away. Buckets are low bits, which overflow leaves alone;
+    an n-gram that would begin before the tokens has the spare bucket, number `rule.buckets`."""
+    orders, total = rule.max_order - 1, tokens.size(-1) - 1
     padded = F.pad(tokens, (orders + rule.gap, 0))
-    hashes = padded.new_zeros(orders, total)
+    contexts = padded.new_zeros(orders, *tokens.shape[:-1], total)
     for k in range(orders):
         terms = padded * rule.multipliers[k] if rule.multipliers else padded
         for row in range(k, orders):
-            term = terms[orders - row + k :][:total]
-            if rule.multipliers:
-                hashes[row].bitwise_xor_(term)
-            else:
-                hashes[row].mul_(265_443_576).add_(term)
-    return hashes
+            term, hashed = terms[..., orders - row + k :][..., :total], contexts[row]
+            contexts[row] = hashed ^ term if rule.multipliers else hashed * 265_443_576 + term
+    pairs = pseudo_pairs(rule, contexts.bitwise_and_(rule.buckets - 1), tokens[..., 1:])
+    for row in range(orders):
+        contexts[row, ..., : row + rule.gap] = pairs[row, ..., : row + rule.gap] = rule.buckets
+    return contexts, pairs
 
 
-def pseudo_pairs(rule: PseudoRule, hashes: Tensor, targets: Tensor) -> Tensor:
-    """Return the bucket of each context with its target: hashes (O, N, 1), targets (N, K) -> (O, N, K)."""
-    if not rule.multipliers:
-        return hashes * 1_000_003 + targets & rule.buckets - 1
-    factors = targets.new_tensor(rule.multipliers[1 : rule.max_order])[:, None, None]
-    return (factors * targets).bitwise_xor_(hashes).bitwise_and_(rule.buckets - 1)
+def pseudo_fill(tables: Tensor, keys: Tensor) -> None:
+    """Count keys (O, N) in tables (O, buckets + 1); the spare bucket stays empty."""
+    for new in keys.split(PSEUDO_PIECE, dim=1):
+        tables.scatter_add_(1, new.long(), tables.new_ones(1, 1).expand_as(new))
+    tables[:, -1] = 0
 
 
 def pseudo_counts(keys: Tensor, seen: Tensor, asked: Tensor, buckets: int) -> Tensor:
     """Return how full the asked buckets were, int32 like `asked` (O, Q, K), with one table per order.
 
     `keys` (O, N) are the buckets that the stream's targets fill, a chunk at a time; query q finds the first
-    seen[q] of them there, `seen` (Q,) ascending. Bucket number `buckets` is a spare one.
-    """
+    seen[q] of them there, `seen` (Q,) ascending."""
     counts = torch.empty_like(asked, dtype=torch.int32)
     stops, lengths = (part.tolist() for part in seen.unique_consecutive(return_counts=True))
     # Long chunks: one table at a time, which stays in the processor's cache. Short ones: fewer calls.
-    tables = 1 if asked[0].numel() >= 4096 * len(stops) else len(keys)
-    table = torch.empty(tables, buckets + 1, dtype=torch.int32, device=keys.device)
-    one = table.new_ones(1, 1)
-    for row in range(0, len(keys), tables):
-        rows, stored, begin = slice(row, row + tables), 0, 0
-        table.zero_()
+    height = 1 if asked[0].numel() >= 4096 * len(stops) else len(keys)
+    tables = torch.empty(height, buckets + 1, dtype=torch.int32, device=keys.device)
+    for row in range(0, len(keys), height):
+        rows, stored, begin = slice(row, row + height), 0, 0
+        tables.zero_()
         for stop, length in zip(stops, lengths, strict=True):
-            for new in keys[rows, stored:stop].split(PSEUDO_PIECE, dim=1):
-                table.scatter_add_(1, new.long(), one.expand_as(new))
-            pieces = (
-                part[rows, begin : begin + length].split(PSEUDO_PIECE, dim=1) for part in (asked, counts)
-            )
-            for part, count in zip(*pieces, strict=True):
-                count.copy_(table.gather(1, part.flatten(1).long()).view(part.shape))
+            pseudo_fill(tables, keys[rows, stored:stop])
+            part = asked[rows, begin : begin + length]
+            counts[rows, begin : begin + length] = tables.gather(1, part.flatten(1).long()).view(part.shape)
             stored, begin = stop, begin + length
     return counts
 
 
-def pseudo_lookups(
-    rule: PseudoRule, tokens: Tensor, at: Tensor | slice, candidates: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+def pseudo_lookups(rule: PseudoRule, tokens: Tensor, at, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return what the tables hold when the targets `at` (Q,), ascending, are priced: seen, C and F.
 
     `seen` (Q,) targets have been stored; C (O, Q, 1) counts contexts, F (O, Q, K) contexts with a target:
-    column 0 is the realised one, the tokens 0 ... candidates - 1 follow. Nothing counts that would begin
-    before the stream.
-    """
+    column 0 is the realised one, the tokens 0 ... candidates - 1 follow."""
+    contexts, pairs = pseudo_keys(rule, tokens)
     column = torch.arange(len(tokens) - 1, device=tokens.device)[at]
-    seen = column // rule.chunk_tokens * rule.chunk_tokens
-    contexts = pseudo_hashes(rule, tokens)
-    pairs = pseudo_pairs(rule, contexts[:, :, None], tokens[1:, None])
-    asked = pairs[:, at]
-    if candidates:
-        others = torch.arange(candidates, dtype=torch.int32, device=tokens.device).expand(len(column), -1)
-        asked = torch.cat((asked, pseudo_pairs(rule, contexts[:, at, None], others)), dim=2)
-    contexts.bitwise_and_(rule.buckets - 1)
-    for row in range(len(contexts)):
-        contexts[row, : row + rule.gap] = pairs[row, : row + rule.gap] = rule.buckets
-    counts = pseudo_counts(contexts, seen, contexts[:, at, None], rule.buckets)
-    for row in range(len(contexts)):
-        counts[row, : torch.searchsorted(column, row + rule.gap)] = 0
-    return seen, counts, pseudo_counts(pairs[:, :, 0], seen, asked, rule.buckets)
+    seen, asked = column // rule.chunk_tokens * rule.chunk_tokens, contexts[:, at, None]
+    counts = pseudo_counts(contexts, seen, asked, rule.buckets)
+    others = torch.arange(candidates, dtype=torch.int32, device=tokens.device)[None]
+    asked = torch.cat((pairs[:, at, None], pseudo_pairs(rule, asked, others)), dim=2)
+    return seen, counts, pseudo_counts(pairs, seen, asked, rule.buckets)
 
 
-def pseudo_mixture(
-    rule: PseudoRule, vocab_size: int, entropy: Tensor, lookups: tuple[Tensor, ...], each: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Return alpha (Q, 1 or K) and the ratio min(F, C) / C (Q, K) from `pseudo_lookups`.
+def pseudo_mixture(rule: PseudoRule, V: int, tokens: Tensor, entropy, gate, at, candidates=0, each=False):
+    """Return weight (Q, 1 or K) and share (Q, K) of the targets `at`: a price is weight * neural + share.
 
-    A price is (1 - alpha) * neural + alpha * ratio, with the highest order whose context has been seen often
-    enough. Where F > 0 counts as well, the realised target's decides for all columns, or each for itself.
-    """
-    seen, contexts, pairs = lookups
-    matched = contexts >= rule.min_count
-    if rule.sees_target:
+    `entropy` (N,) and the logits `gate` (N, 1 + O), None unless the rule is gated, are those of all targets;
+    the rest is `pseudo_lookups`'. A ratio is min(F, C) / C. A gate weighs the ratios of all orders whose
+    context has been seen often enough; for the other rules the highest such order counts, by alpha. Where
+    F > 0 matters as well, the realised target's decides for all columns, or `each` for itself."""
+    seen, contexts, pairs = pseudo_lookups(rule, tokens, at, candidates)
+    matched, like = contexts >= rule.min_count, {"dtype": torch.float64, "device": tokens.device}
+    if rule.gated:
+        ratios = torch.minimum(pairs, contexts).double() / contexts.clamp(min=1)
+        weights = pseudo_weights(torch.as_tensor(gate, **like)[at], matched[:, :, 0].t()).t()[:, :, None]
+        return weights[0], (weights[1:] * ratios).sum(dim=0)
+    if rule.peeks:
         matched = matched & ((pairs if each else pairs[:, :, :1]) > 0)
-    steps = torch.arange(1, rule.max_order, dtype=torch.int8, device=seen.device)[:, None, None]
+    steps = torch.arange(1, rule.max_order, dtype=torch.int8, device=tokens.device)[:, None, None]
     level = (matched * steps).amax(dim=0).long()  # (Q, 1 or K): 0 is no match, 1 is order 2
-    row = (level - 1).clamp(min=0)[None]
-    count = contexts.expand(-1, -1, level.shape[1]).gather(0, row)[0].double().clamp(min=1)
-    ratio = torch.minimum(pairs.gather(0, row.expand(-1, -1, pairs.shape[2]))[0], count) / count
-    ratio = torch.where(level > 0, ratio, 1 / vocab_size)
-    centers = entropy.new_tensor((rule.centers[0], *rule.centers))
-    weights = entropy.new_tensor((float(rule.uniform_miss), *rule.weights))
-    curve = torch.sigmoid(2 * (entropy[:, None] - centers[level]))
+    row = (level - 1).clamp(min=0)[None].expand(-1, -1, pairs.shape[2])
+    context, pair = (counts.expand_as(pairs).gather(0, row)[0] for counts in (contexts, pairs))
+    ratio = torch.where(level > 0, torch.minimum(pair, context).double() / context, 1 / V)
+    centers, weights = (torch.tensor(curve, **like) for curve in (rule.centers, rule.weights))
+    curve = torch.sigmoid(2 * (torch.as_tensor(entropy, **like)[at, None] - centers[level]))
     alpha = weights[level] * (rule.alpha_min + (rule.alpha_max - rule.alpha_min) * curve)
-    return alpha.clamp(max=rule.alpha_clip) * (seen >= 100 * rule.uniform_miss)[:, None], ratio
+    alpha = alpha.clamp(max=rule.alpha_clip) * (seen >= rule.least)[:, None]
+    return 1 - alpha, alpha * ratio
 
 
-def pseudo_stream(
-    rule: str, tokens: np.ndarray, logp: np.ndarray, entropy: np.ndarray, settings: Settings, device="cpu"
-) -> np.ndarray:
+def pseudo_ids(tokens) -> Tensor:
+    """Return tokens as an int32 tensor; an array is copied, for PyTorch warns of memory-mapped ones."""
+    return tokens.int() if torch.is_tensor(tokens) else torch.from_numpy(tokens.astype(np.int32))
+
+
+def pseudo_stream(rule: str, tokens, logp, entropy, settings: Settings, gate=None) -> Tensor:
     """Return the pseudo log-probability of each target (N,), float64 nats, of a recorded stream.
 
-    `tokens` (N + 1,); `logp` and `entropy` (N,) of the neural score in nats. Chunk k is the targets
-    1 + k * C ... (k + 1) * C; its n-grams enter the tables once all of it is priced. A recorded stream has no
-    pre-enrichment: #810's confidence is 0.5, a factor of 1 on alpha. Raises SettingError.
-    """
-    described, ids = pseudo_rule(rule, settings), torch.from_numpy(tokens.astype(np.int32)).to(device)
-    neural, nats = (torch.from_numpy(part.astype(np.float64)).to(device) for part in (logp, entropy))
-    lookups = pseudo_lookups(described, ids, slice(None))
-    alpha, ratio = pseudo_mixture(described, settings.vocab_size, nats, lookups)
-    prices = (1 - alpha) * neural.exp()[:, None] + alpha * ratio
-    return prices[:, 0].clamp(min=described.floor).log().cpu().numpy()
+    Tensors or arrays: `tokens` (N + 1,); `logp`, `entropy` (N,) of the neural score in nats; `gate` (N, 7) of
+    `GPT.gated_logits`, for pr834. Chunk k is the targets 1 + k * C ... (k + 1) * C; its n-grams
+    enter the tables once all of it is priced. A recorded stream has no pre-enrichment: #810's confidence is
+    0.5, a factor of 1 on alpha. Raises SettingError."""
+    described, ids = pseudo_rule(rule, settings, gate is not None), pseudo_ids(tokens)
+    neural = torch.as_tensor(logp, dtype=torch.float64, device=ids.device).exp()[:, None]
+    weight, share = pseudo_mixture(described, settings.vocab_size, ids, entropy, gate, slice(None))
+    return (weight * neural + share)[:, 0].clamp(min=described.floor).log()
 
 
-def pseudo_totals(
-    rule: str, tokens: np.ndarray, entropy: np.ndarray, settings: Settings, at, rows=None, device="cpu"
-) -> np.ndarray:
+def pseudo_totals(rule: str, tokens, entropy, settings: Settings, at, rows=None, gate=None) -> Tensor:
     """Return what the pseudo-probabilities of the whole vocabulary sum to, (Q,) float64, before the floor.
 
     `at` (Q,), ascending, are targets counted from 0, each with the tables as they stand when it is priced.
     `rows` (Q, V) are neural log-probabilities. They matter to pr890 alone, whose order, and with it alpha,
-    changes with the candidate; without them the realised target's order stands for every candidate.
-    """
-    described, ids = pseudo_rule(rule, settings), torch.from_numpy(tokens.astype(np.int32)).to(device)
-    size, totals = max(1, PSEUDO_BLOCK // (described.max_order * settings.vocab_size)), np.empty(len(at))
+    changes with the candidate; without them the realised target's order stands for every candidate."""
+    described, ids = pseudo_rule(rule, settings, gate is not None), pseudo_ids(tokens)
+    V, like = settings.vocab_size, {"dtype": torch.float64, "device": ids.device}
+    size, totals = max(1, PSEUDO_BLOCK // (described.max_order * V)), torch.empty(len(at), **like)
     for part in (slice(first, first + size) for first in range(0, len(at), size)):
-        nats = torch.from_numpy(entropy[at[part]].astype(np.float64)).to(device)
-        lookups = pseudo_lookups(described, ids, torch.from_numpy(at[part]).to(device), settings.vocab_size)
-        each = rows is not None
-        alpha, ratio = pseudo_mixture(described, settings.vocab_size, nats, lookups, each)
-        # Where alpha is one for all candidates, any neural distribution gives the same sum.
-        neural = np.exp(rows[part], dtype=np.float64) if each else np.array(1 / settings.vocab_size)
-        alpha = alpha.expand_as(ratio)[:, 1:]
-        prices = (1 - alpha) * torch.from_numpy(neural).to(device) + alpha * ratio[:, 1:]
-        totals[part] = prices.sum(dim=1).cpu()
+        asked, each = torch.as_tensor(at[part], device=ids.device), rows is not None
+        weight, share = pseudo_mixture(described, V, ids, entropy, gate, asked, V, each)
+        # Where the weight is one for all candidates, any neural distribution gives the same sum.
+        neural = torch.as_tensor(rows[part], **like).exp() if each else 1 / V
+        totals[part] = (weight.expand_as(share)[:, 1:] * neural + share[:, 1:]).sum(dim=1)
     return totals
 
 
-def pseudo_mass(rule: str, tokens: np.ndarray, entropy: np.ndarray, settings: Settings, every: int) -> float:
+def pseudo_mass(rule: str, tokens, entropy, settings: Settings, every: int, gate=None) -> float:
     """Return the mean of `pseudo_totals` over the targets every, 2 * every, ..., the first target being 1."""
-    at = np.arange(every, len(tokens), every) - 1
-    return float(pseudo_totals(rule, tokens, entropy, settings, at).mean())
+    at = torch.arange(every, len(tokens), every) - 1
+    return float(pseudo_totals(rule, tokens, entropy, settings, at, gate=gate).mean())
 
 
 def pseudo_sample(total: int, settings: Settings) -> np.ndarray:
@@ -2479,22 +2444,55 @@ def pseudo_sample(total: int, settings: Settings) -> np.ndarray:
     return np.arange(count) * total // max(count, 1)
 
 
-def pseudo_report(
-    tokens: np.ndarray, logp: np.ndarray, entropy: np.ndarray, target_bytes: np.ndarray, settings, rows=None
-) -> tuple[str, dict[str, object]]:
+def pseudo_report(tokens, logp, entropy, target_bytes, settings: Settings, rows=None, gate=None):
     """Return what rule PSEUDO makes of a recorded stream, as a line and as numbers; see `pseudo_stream`.
 
     `target_bytes` (N,). `rows` (Q, V), of `pseudo_totals`, belong to the targets `pseudo_sample`, from which
-    the mass and the bits per byte after division by each target's own sum are taken.
-    """
-    rule, nats = settings.pseudo, -pseudo_stream(settings.pseudo, tokens, logp, entropy, settings)
-    at = pseudo_sample(len(nats), settings)
-    totals = pseudo_totals(rule, tokens, entropy, settings, at, rows)
+    the mass and the bits per byte after division by each target's own sum are taken."""
+    rule, at = settings.pseudo, pseudo_sample(len(target_bytes), settings)
+    nats = -pseudo_stream(rule, tokens, logp, entropy, settings, gate)
+    totals = pseudo_totals(rule, tokens, entropy, settings, at, rows, gate)
     bpb, mass = bits_per_byte(nats.sum(), target_bytes.sum()), float(totals.mean())
-    proper = bits_per_byte((nats[at] + np.log(totals)).sum(), target_bytes[at].sum())
+    proper = bits_per_byte((nats[at] + totals.log()).sum(), target_bytes[at].sum())
     why = f"probabilities sum to {mass:.4g} on average; after renormalisation {proper:.4f} bpb"
     numbers = {"rule": rule, "pseudo_bpb": bpb, "mass": mass, "renormalized_bpb": proper}
     return f"pseudo {rule}: {bpb:.4f} (not a code length: {why})", numbers
+
+
+class PseudoOracle:
+    """The tables that #834's gate learns from: n-grams of all training tokens, the batch's own among them.
+
+    Counted once, in blocks; n-grams across blocks are left out, as in the reference. Its shards' headers
+    were counted as 512 tokens each, here they are not. The ranks share the blocks and add up the counts."""
+
+    def __init__(self, settings: Settings, process: Process) -> None:
+        self.rule, self.process = pseudo_rule(settings.pseudo, settings, gated=True), process
+        shape = (2 * (self.rule.max_order - 1), self.rule.buckets + 1)  # of contexts, then of pairs
+        self.tables = torch.zeros(shape, dtype=torch.int64, device=process.device)
+
+    def count(self, stream: TokenStream) -> None:
+        """Count all tokens of `stream`; raises on every rank the DataError or OSError that one meets."""
+        failure, rank, ranks = None, self.process.rank, self.process.world_size
+        try:
+            for start in range(rank * ORACLE_BLOCK, stream.total, ranks * ORACLE_BLOCK):
+                block = torch.from_numpy(stream.read(start, min(ORACLE_BLOCK, stream.total - start)))
+                keys = pseudo_keys(self.rule, block.to(self.process.device))
+                pseudo_fill(self.tables, torch.cat(keys))
+        except (DataError, OSError) as error:
+            failure = error
+        self.process.agree(0.0, failure)
+        self.process.sum(self.tables)
+
+    def ratios(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Return min(F, C) / C by order of targets after ids, (B, T) each: (B, T, O) float32; -1: none."""
+        keys = torch.cat(pseudo_keys(self.rule, torch.cat((ids, targets[:, -1:]), dim=1)))
+        context, pair = self.tables.gather(1, keys.flatten(1)).view(2, -1, *targets.shape)
+        ratios = torch.minimum(pair, context) / context
+        return ratios.where(context >= self.rule.min_count, -1.0).movedim(0, -1)
+
+    def beside(self, loss):
+        """Return `loss` (of a GPT or what wraps it) as a function of ids and targets that looks ratios up."""
+        return lambda ids, targets: loss(ids, targets, self.ratios(ids, targets))
 
 
 # ============================================================================================================
@@ -2566,10 +2564,7 @@ def warm_up(model: GPT, losses, stream: TokenStream, settings: Settings, process
 
 
 def choose_weights(averages: Averages, model: GPT, batches: list, process: Process, log: Log) -> dict:
-    """Return the weights to export, of several candidates those with the least loss on all ranks' `batches`.
-
-    These are training tokens after the last step's, not trained on unless the stream began anew; never val.
-    """
+    """Return the candidate of least loss on `batches`: training tokens after the last step's, never val."""
     candidates, losses = averages.candidates(), {}
     for name, weights in candidates.items() if len(candidates) > 1 else ():
         total = torch.zeros((), dtype=torch.float64, device=process.device)
@@ -2586,23 +2581,33 @@ def choose_weights(averages: Averages, model: GPT, batches: list, process: Proce
     return {name: weight for name, weight in candidates[chosen].items() if not name.startswith("mtp_heads.")}
 
 
+def count_oracle(oracle: PseudoOracle, stream: TokenStream, clock: Clock, log: Log) -> float:
+    """Count the training tokens for #834's gate on the clock just started; return rank 0's time in ms."""
+    oracle.count(stream)
+    clock.process.synchronize()
+    elapsed_ms = clock.process.agree(clock.read_ms(), None)
+    line = f"oracle: hashed {stream.total} training tokens train_time:{elapsed_ms:.0f}ms"
+    log.event("oracle", line, tokens=stream.total, seconds=elapsed_ms / 1000)
+    return elapsed_ms
+
+
 def train(
     model: GPT, dataset: Dataset, settings: Settings, process: Process, log: Log, compiled: bool
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Train until ITERATIONS or MAX_WALLCLOCK_SECONDS end it, on all ranks at the same step.
-
-    Returns the averaged weights and training's numbers for result.json.
-    """
+    """Train to ITERATIONS or MAX_WALLCLOCK_SECONDS, all ranks alike; return weights to export and numbers."""
     aware = QuantizationAware(model, settings)
     modules = {"off": [model], "step0": [aware]}.get(settings.qat_start, [model, aware])
     losses = [torch.compile(m, dynamic=False, fullgraph=True) if compiled else m for m in modules]
     logits = torch.compile(model.logits, dynamic=False) if compiled else model.logits
+    oracle = PseudoOracle(settings, process) if settings.gate_head else None
+    losses = [oracle.beside(loss) for loss in losses] if oracle else losses
     warm_up(model, losses, dataset.stream, settings, process, log)
     optimizers, averages = Optimizers(model, settings, process), Averages(model, settings)
     clock, watch, bar = Clock(process), LossWatch(), process.progress(settings.iterations, "train")
     limit_ms, total = 1000.0 * settings.max_wallclock_seconds or math.inf, settings.iterations
     step, logged, quantized = 0, 0, False
     clock.start()
+    before_ms = count_oracle(oracle, dataset.stream, clock, log) if oracle else 0.0
     while True:
         batches, elapsed_ms = load_batches(dataset.stream, step, settings, process, clock)
         finished = step == total or elapsed_ms >= limit_ms
@@ -2621,7 +2626,7 @@ def train(
             if finished:
                 break
             clock.start()
-        scale = learning_rate_scale(step, elapsed_ms, settings)
+        scale = learning_rate_scale(step, elapsed_ms, settings, before_ms)
         if not quantized and quantization_starts(step, elapsed_ms, scale, settings):
             quantized, effect = True, aware.effect()
             line = " ".join(f"{name}:{value:.6g}" for name, value in effect.items())
@@ -2693,8 +2698,7 @@ def score_final(
     """Score the validation split with the neural model and, if it is on, the exact cache; return all numbers.
 
     Counting needs only tokens and comes first: what it expects, the model prices as well. Rank 0 mixes, so
-    the score does not depend on the number of ranks. A pseudo-score goes to the log only.
-    """
+    the score does not depend on the number of ranks. A pseudo-score goes to the log only."""
     tokens, known, numbers = dataset.val_tokens, None, {}
     ids = torch.from_numpy(tokens.astype(np.int32)).to(process.device)
     if settings.ngram_cache == "exact":
@@ -2702,11 +2706,12 @@ def score_final(
     proposals = known.proposals if known else ids.new_empty((0, len(ids) - 1))
     chunks = list(score_stream(logits, tokens, settings, settings.eval_stride, process, "score", proposals))
     final = account(chunks, dataset, process)
-    logp, entropy, *proposed = hand_over(chunks, len(ids) - 1, len(proposals), process)
+    gates = 7 * settings.gate_head
+    logp, entropy, *beside = hand_over(chunks, len(ids) - 1, len(proposals) + gates, process)
     if known:
         prices = torch.zeros_like(logp)
         if process.is_main:
-            mixture = mix_prices(ids, known, logp, entropy, torch.stack(proposed), settings)
+            mixture = mix_prices(ids, known, logp, entropy, torch.stack(beside[: len(proposals)]), settings)
             prices, numbers = mixture.logp, log_cache(logp, mixture, dataset, log)
         process.sum(prices)
         priced = (chunk._replace(logp=prices.index_select(0, chunk.positions)) for chunk in chunks)
@@ -2718,10 +2723,11 @@ def score_final(
     log.event("score", line, **final._asdict())
     if settings.pseudo != "none":
         at = pseudo_sample(len(ids) - 1, settings)
-        rows = score_sample(logits, tokens, at, settings, process).cpu().numpy()
+        rows = score_sample(logits, tokens, at, settings, process) if settings.pseudo == "pr890" else None
         if process.is_main:
-            streams = (part.cpu().numpy() for part in (logp, entropy))
-            line, pseudo = pseudo_report(tokens, *streams, dataset.target_bytes, settings, rows)
+            gate_logits = torch.stack(beside[-gates:], dim=1) if gates else None
+            streams = (ids, logp, entropy, dataset.target_bytes)
+            line, pseudo = pseudo_report(*streams, settings, rows, gate_logits)
             log.event("pseudo", line, **pseudo)
     return {**final._asdict(), **numbers}
 
@@ -2735,7 +2741,8 @@ def evaluate(
     shape = {name: artifact.settings[name] for name in settings.stored_values(("shape",))}
     model = GPT(dataclasses.replace(settings, mtp_num_heads=0, **shape)).to(process.device)
     model.load_state_dict(artifact.weights)
-    logits = torch.compile(model.logits, dynamic=False) if compiled else model.logits
+    body = model.gated_logits if settings.gate_head else model.logits
+    logits = torch.compile(body, dynamic=False) if compiled else body
     final = score_final(logits, dataset, settings, process, log)
     clock.stop()
     reference = {"xz_bpb": xz_bits_per_byte(dataset, log)} if process.is_main else {}
@@ -2784,7 +2791,7 @@ def run(
     dataset = load_dataset(settings, artifact.tokenizer if artifact else None)
     log_data(settings, dataset, log)
     if settings.pseudo != "none":
-        pseudo_rule(settings.pseudo, settings)  # a rule that cannot run is refused before the work
+        pseudo_rule(settings.pseudo, settings, settings.gate_head)  # refused before the work, or never
     select_attention(settings, process, log)
     compiled = choose_compile(settings, process)
     numbers: dict[str, object] = {"steps": 0, "train_seconds": 0.0}

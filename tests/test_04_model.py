@@ -21,9 +21,9 @@ def make_model(seed=0, **changes):
     return model.double()
 
 
-# As the submissions' logs state them; pr834's counts the gate head of its n-gram rule, 512 * 7 + 7, as well.
+# As the submissions' logs state them; pr834's are pr779's and its gate head, 512 * 7 + 7.
 COUNTS = {"baseline": 17_059_912, "pr890": 33_055_836, "pr810": 25_254_992, "pr779": 33_317_980}
-COUNTS |= {"pr834": 33_321_571 - 3_591, "pr864": 26_744_007}
+COUNTS |= {"pr834": 33_321_571, "pr864": 26_744_007}
 
 
 @pytest.mark.parametrize("recipe", COUNTS)
@@ -225,6 +225,43 @@ def test_multi_token_heads_add_the_loss_of_targets_further_ahead():
     expected = plain(ids[:, :-1], ids[:, 1:]) + extra
     assert model(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(expected.item(), rel=1e-6)
     assert model.logits(ids).equal(plain.logits(ids))
+
+
+def test_gate_head_starts_with_the_neural_price_and_adds_its_loss():
+    """The loss of #834's gate by plain loops; nothing changes where no ratios are handed over."""
+    gated = {"GATE_HEAD": "1", "PSEUDO": "pr834", "LOGIT_SOFTCAP": "9"}
+    fresh, bare = (train_gpt.GPT(Settings.from_env(TINY | changes)) for changes in (gated, {}))
+    assert fresh.gate_head.weight.abs().max() == 0
+    assert fresh.gate_head.bias.tolist() == [2.0] + 6 * [0.0]
+    assert set(dict(fresh.named_parameters())) - set(dict(bare.named_parameters())) == {
+        "gate_head.weight",
+        "gate_head.bias",
+    }
+    assert all(
+        train_gpt.parameter_role(n, p) == "scalar" for n, p in fresh.named_parameters() if "gate_head" in n
+    )
+    model = make_model(**gated)
+    ids = torch.randint(0, 50, (2, 9))
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    ratios = torch.rand(2, 8, 6, dtype=torch.float64)
+    ratios[torch.rand(2, 8, 6) < 0.4] = -1.0
+    logits, gate = model.gated_logits(inputs).split((50, 7), dim=-1)
+    assert logits.equal(model.logits(inputs))
+    assert gate.dtype == torch.float32
+    assert model.gated_logits(inputs, 3)[..., 50:].equal(gate[:, -3:])
+    expected = 0.0
+    for b in range(2):
+        for t in range(8):
+            experts = [logits[b, t].softmax(-1)[targets[b, t]].item(), *ratios[b, t].tolist()]
+            known = [0] + [n for n in range(1, 7) if experts[n] >= 0]
+            exponents = {n: np.exp(gate[b, t, n].item()) for n in known}
+            weights = {n: 0.95 * x / sum(exponents.values()) + 0.05 * (n == 0) for n, x in exponents.items()}
+            expected -= np.log(sum(weights[n] * experts[n] for n in known)) / 16
+    plain, mixed = model(inputs, targets), model(inputs, targets, ratios)
+    assert (mixed - plain).item() == pytest.approx(0.1 * expected, rel=1e-5)
+    (mixed - plain).backward()
+    assert model.blocks[0].attn.c_q.weight.grad.abs().max() > 0
+    assert model.gate_head.bias.grad.abs().max() > 0
 
 
 def test_enrichment_is_the_distance_it_moves():

@@ -180,3 +180,14 @@ def test_quantization_starts():
     clock = {"MAX_WALLCLOCK_SECONDS": "10"}
     assert [starts("time:0.85", 0, ms, 1.0, **clock) for ms in (0, 8_499, 8_500)] == [False, False, True]
     assert [starts("time:0.5", step, 1e9, 1.0, ITERATIONS="10") for step in (4, 5)] == [False, True]
+
+
+def test_what_came_before_the_first_step_is_no_part_of_a_steps_time():
+    """20 s of counting, then steps of 100 ms under a limit of 600 s: the same decay as 580 s without it."""
+    settings = Settings.from_env({"MAX_WALLCLOCK_SECONDS": "600", "WARMDOWN_ITERS": "3500"})
+    shorter = Settings.from_env({"MAX_WALLCLOCK_SECONDS": "580", "WARMDOWN_ITERS": "3500"})
+    for step in (0, 1, 50, 2299, 2301, 4000, 5799):
+        scale = train_gpt.learning_rate_scale(step, 20_000 + 100.0 * step, settings, 20_000.0)
+        assert scale == pytest.approx(train_gpt.learning_rate_scale(step, 100.0 * step, shorter))
+    assert train_gpt.learning_rate_scale(1, 20_100.0, settings, 20_000.0) == 1.0
+    assert train_gpt.learning_rate_scale(1, 20_100.0, settings) < 0.01

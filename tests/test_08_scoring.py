@@ -58,14 +58,14 @@ def make_model(vocab_size=50, seq_len=16):
     return model
 
 
-def priced(logits, tokens, window, stride, batch, process):
+def priced(logits, tokens, window, stride, batch, process, vocab_size=50):
     """score_stream with `batch` windows of `window` tokens to a pass."""
     size = {
         "TRAIN_SEQ_LEN": str(window),
         "VAL_BATCH_SIZE": str(2 * batch * window),
         "EVAL_STRIDE": str(stride),
     }
-    settings = Settings.from_env({"RECIPE": "smoke", "VOCAB_SIZE": "50", **size})
+    settings = Settings.from_env({"RECIPE": "smoke", "VOCAB_SIZE": str(vocab_size), **size})
     return score_stream(logits, tokens, settings, stride, process, "test")
 
 
@@ -143,7 +143,7 @@ def test_uniform_model_scores_exactly_log2_of_the_vocabulary(process):
 
     tokens = np.random.default_rng(2).integers(0, 64, 1001).astype(np.uint16)
     ledger = Ledger(np.full(1000, 3), process)
-    for chunk in priced(uniform, tokens, 32, 8, 4, process):
+    for chunk in priced(uniform, tokens, 32, 8, 4, process, 64):
         ledger.add(chunk)
         assert chunk.entropy.tolist() == pytest.approx([math.log(64)] * len(chunk.entropy), rel=1e-6)
     score = ledger.close()

@@ -5,18 +5,22 @@ The figures on FineWeb need SAMPLE_DATA, the folder of the sample shard and its 
 
 import dataclasses
 import math
+import types
 
 import numpy as np
 import pytest
 import reference
 import torch
+from test_03_data import write_shard
 
 import train_gpt
 from train_gpt import (
     PSEUDO_RULES,
+    PseudoOracle,
     SettingError,
     Settings,
-    pseudo_hashes,
+    TokenStream,
+    pseudo_keys,
     pseudo_mass,
     pseudo_report,
     pseudo_rule,
@@ -24,6 +28,8 @@ from train_gpt import (
     pseudo_stream,
     pseudo_totals,
 )
+
+RECORDED = [name for name, rule in PSEUDO_RULES.items() if not rule.gated]
 
 
 def recorded(targets, vocab, seed=0):
@@ -42,7 +48,7 @@ def rule_settings(vocab, buckets=0, chunk=0, **more):
     return Settings(vocab_size=vocab, ngram_buckets=buckets, ngram_chunk_tokens=chunk, **more)
 
 
-@pytest.mark.parametrize("rule", PSEUDO_RULES)
+@pytest.mark.parametrize("rule", RECORDED)
 @pytest.mark.parametrize("buckets", [1, 2, 64, 2**22])
 @pytest.mark.parametrize(("targets", "vocab"), [(0, 5), (1, 5), (2, 5), (17, 3), (211, 5), (307, 40)])
 def test_rules_are_the_dictionaries(rule, buckets, targets, vocab):
@@ -50,22 +56,28 @@ def test_rules_are_the_dictionaries(rule, buckets, targets, vocab):
     tokens, logp, entropy, rows = recorded(targets, vocab)
     settings, every = rule_settings(vocab, buckets, chunk=7), np.arange(targets)
     twin = reference.PseudoTwin(rule, tokens, logp, entropy, vocab, None, 7, buckets)
-    assert pseudo_stream(rule, tokens, logp, entropy, settings) == pytest.approx(twin.prices, rel=1e-12)
-    assert pseudo_totals(rule, tokens, entropy, settings, every) == pytest.approx(twin.totals, rel=1e-12)
+    assert pseudo_stream(rule, tokens, logp, entropy, settings).numpy() == pytest.approx(
+        twin.prices, rel=1e-12
+    )
+    assert pseudo_totals(rule, tokens, entropy, settings, every).numpy() == pytest.approx(
+        twin.totals, rel=1e-12
+    )
     twin = reference.PseudoTwin(rule, tokens, logp, entropy, vocab, rows, 7, buckets)
-    assert pseudo_totals(rule, tokens, entropy, settings, every, rows) == pytest.approx(
+    assert pseudo_totals(rule, tokens, entropy, settings, every, rows).numpy() == pytest.approx(
         twin.totals, rel=1e-12
     )
 
 
-@pytest.mark.parametrize("rule", PSEUDO_RULES)
+@pytest.mark.parametrize("rule", RECORDED)
 @pytest.mark.parametrize("chunk", [1, 1000, 0])
 def test_any_chunk_is_the_dictionaries(rule, chunk):
     """Chunks of one target, of many, and the rule's own."""
     tokens, logp, entropy, _ = recorded(1009, 8, seed=1)
     twin = reference.PseudoTwin(rule, tokens, logp, entropy, 8, None, chunk, 256)
     settings = rule_settings(8, 256, chunk)
-    assert pseudo_stream(rule, tokens, logp, entropy, settings) == pytest.approx(twin.prices, rel=1e-12)
+    assert pseudo_stream(rule, tokens, logp, entropy, settings).numpy() == pytest.approx(
+        twin.prices, rel=1e-12
+    )
     expected = np.mean(twin.totals[9::10])  # targets 10, 20, ..., the first being 1
     assert pseudo_mass(rule, tokens, entropy, settings, 10) == pytest.approx(expected, rel=1e-12)
 
@@ -75,23 +87,23 @@ def test_long_chunks_are_the_bincounts():
     tokens, logp, entropy, _ = recorded(50_021, 300, seed=2)
     prices = reference.pseudo_bincount(tokens, logp, entropy, 2**16, 8192)
     settings = rule_settings(300, 2**16, 8192)
-    assert pseudo_stream("pr864", tokens, logp, entropy, settings) == pytest.approx(prices, rel=1e-12)
+    assert pseudo_stream("pr864", tokens, logp, entropy, settings).numpy() == pytest.approx(prices, rel=1e-12)
 
 
 def test_blocks_and_samples_change_no_sum(monkeypatch):
     tokens, _, entropy, rows = recorded(500, 30)
     settings, at = rule_settings(30, 1024, 50), np.arange(500)
-    for rule in PSEUDO_RULES:
+    for rule in RECORDED:
         whole = pseudo_totals(rule, tokens, entropy, settings, at, rows)
         some = pseudo_totals(rule, tokens, entropy, settings, at[3::7], rows[3::7])
-        assert some == pytest.approx(whole[3::7], rel=1e-13)
+        assert some.numpy() == pytest.approx(whole[3::7].numpy(), rel=1e-13)
         monkeypatch.setattr(train_gpt, "PSEUDO_BLOCK", 4000)
         blocks = pseudo_totals(rule, tokens, entropy, settings, at, rows)
-        assert blocks == pytest.approx(whole, rel=1e-13)
+        assert blocks.numpy() == pytest.approx(whole.numpy(), rel=1e-13)
         monkeypatch.undo()
 
 
-@pytest.mark.parametrize("rule", PSEUDO_RULES)
+@pytest.mark.parametrize("rule", RECORDED)
 def test_later_tokens_change_no_earlier_price(rule):
     tokens, logp, entropy, _ = recorded(400, 6)
     settings = rule_settings(6, 2**12, 16)
@@ -109,7 +121,7 @@ def test_without_collisions_the_mass_is_one(rule):
     tokens, _, entropy, _ = recorded(300, 3)
     settings = rule_settings(3, 0, 16, ngram_max_order=3)
     totals = pseudo_totals(rule, tokens, entropy, settings, np.arange(300))
-    assert totals == pytest.approx(np.ones(300), rel=1e-12)
+    assert totals.numpy() == pytest.approx(np.ones(300), rel=1e-12)
 
 
 def test_pr890_has_mass_even_without_collisions():
@@ -133,7 +145,7 @@ def test_one_bucket_drives_the_score_to_zero_and_the_mass_to_the_vocabulary():
 def test_pr810s_step_lets_old_tokens_fade():
     """The multiplier is 8 times an odd number: with 2**22 buckets orders 10 and 11 see what order 9 sees."""
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 1024, 500))
-    rows = pseudo_hashes(PSEUDO_RULES["pr810"], tokens)[:, 20:] % 2**22
+    rows = pseudo_keys(PSEUDO_RULES["pr810"], tokens)[0][:, 20:]
     assert rows[9].equal(rows[7])
     assert rows[8].equal(rows[7])
     assert not rows[7].equal(rows[6])
@@ -157,9 +169,10 @@ def test_what_cannot_be_done_is_refused(rule, changes, words):
 
 def test_rules_are_those_of_the_setting_and_complete():
     field = next(field for field in dataclasses.fields(Settings) if field.name == "pseudo")
-    assert set(field.metadata["choices"]) == {"none", "pr834", *PSEUDO_RULES}
-    for name, rule in PSEUDO_RULES.items():
-        highest = pseudo_rule(name, Settings(ngram_max_order=len(rule.centers) + 1))
+    assert set(field.metadata["choices"]) == {"none", *PSEUDO_RULES}
+    for name in RECORDED:
+        rule = PSEUDO_RULES[name]
+        highest = pseudo_rule(name, Settings(ngram_max_order=len(rule.centers)))
         assert len(highest.weights) >= len(highest.centers)
         assert not highest.multipliers or len(highest.multipliers) >= highest.max_order
         tokens, logp, entropy, _ = recorded(60, 4)
@@ -192,16 +205,105 @@ def test_sample_is_spread_evenly_and_never_repeats():
         assert len(at) < 2 or (np.diff(at).min() >= 1 and np.ptp(np.diff(at)) <= 1)
 
 
+@pytest.mark.parametrize("buckets", [1, 16, 2**20])
+@pytest.mark.parametrize(
+    ("targets", "vocab", "top"), [(0, 5, 0), (1, 5, 0), (2, 5, 0), (409, 11, 0), (200, 4, 3)]
+)
+def test_the_gate_weighs_all_orders_as_the_loops_do(buckets, targets, vocab, top):
+    """Prices and sums of #834's evaluation; the first chunk is neural alone."""
+    tokens, logp, entropy, _ = recorded(targets, vocab, seed=4)
+    gate = 2 * np.random.default_rng(5).standard_normal((targets, 7)).astype(np.float32)
+    settings = rule_settings(vocab, buckets, chunk=50, ngram_max_order=top)
+    prices, totals = reference.gated_prices(tokens, logp, gate, vocab, 50, buckets, top or 7)
+    got = pseudo_stream("pr834", tokens, logp, entropy, settings, gate)
+    assert got.dtype == torch.float64
+    assert got.numpy() == pytest.approx(prices, rel=1e-12)
+    assert got[:50].numpy() == pytest.approx(logp[:50].astype(np.float64), rel=1e-12)
+    got = pseudo_totals("pr834", tokens, entropy, settings, np.arange(targets), gate=torch.from_numpy(gate))
+    assert got.numpy() == pytest.approx(totals, rel=1e-12)
+    if targets > 50:
+        other = pseudo_stream("pr834", tokens, logp, entropy, settings, gate[:, ::-1].copy())
+        assert abs(other.numpy() - prices).max() > 0.01  # sabotage: the gate's columns reversed
+
+
+def test_tensors_and_arrays_give_the_same():
+    tokens, logp, entropy, _ = recorded(300, 9)
+    gate, settings = np.zeros((300, 7), np.float32), rule_settings(9, 256, 20, pseudo="pr834", gate_head=True)
+    tensors = [
+        torch.from_numpy(part.astype(np.int64 if part is tokens else part.dtype)) for part in (tokens, logp)
+    ]
+    arrays = pseudo_stream("pr834", tokens, logp, entropy, settings, gate)
+    assert pseudo_stream(
+        "pr834", *tensors, torch.from_numpy(entropy), settings, torch.from_numpy(gate)
+    ).equal(arrays)
+    line, numbers = pseudo_report(tokens, logp, entropy, np.ones(300, np.uint16), settings, gate=gate)
+    assert line.startswith("pseudo pr834: ")
+    assert numbers["pseudo_bpb"] == pytest.approx(-arrays.mean().item() / math.log(2))
+    mass = pseudo_mass("pr834", tokens, entropy, settings, 1, gate)
+    assert mass == pytest.approx(numbers["mass"])
+
+
+def oracle_case(folder, monkeypatch):
+    """Two shards, blocks of 53 tokens, a batch of two rows; settings and stream."""
+    generator = np.random.default_rng(6)
+    shards = [generator.integers(0, 9, size).astype(np.uint16) for size in (400, 301)]
+    for number, shard in enumerate(shards):
+        write_shard(folder / f"x_train_{number}.bin", shard)
+    monkeypatch.setattr(train_gpt, "ORACLE_BLOCK", 53)
+    more = {"RECIPE": "smoke", "PSEUDO": "pr834", "GATE_HEAD": "1", "NGRAM_BUCKETS": "64", "VOCAB_SIZE": "9"}
+    settings = Settings.from_env(more)
+    return shards, settings, TokenStream(sorted(folder.glob("*.bin")), settings)
+
+
+def test_oracle_is_the_dictionary_and_headers_are_no_tokens(tmp_path, process, monkeypatch):
+    shards, settings, stream = oracle_case(tmp_path, monkeypatch)
+    oracle, batch = PseudoOracle(settings, process), stream.batch(1, 0).long()[:2]
+    assert (oracle.ratios(batch[:, :-1], batch[:, 1:]) == -1).all()
+    oracle.count(stream)
+    got = oracle.ratios(batch[:, :-1], batch[:, 1:])
+    want = reference.oracle_ratios(shards, batch.numpy(), 53, 64)
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert (want >= 0).mean() > 0.9
+    # Bigrams: one for each token but the first of each of 14 blocks, in both kinds of table.
+    assert oracle.tables.sum(dim=1)[[0, 6]].tolist() == [701 - 14] * 2
+    wrong = reference.oracle_ratios(shards, batch.numpy(), 701, 64)
+    assert abs(got.numpy() - wrong).max() > 1e-3  # sabotage: n-grams across blocks
+
+
+def test_ranks_share_the_blocks_and_hold_the_same_tables(tmp_path, process, monkeypatch):
+    _, settings, stream = oracle_case(tmp_path, monkeypatch)
+    whole, parts = PseudoOracle(settings, process), []
+    whole.count(stream)
+    for rank in range(3):
+        alone = types.SimpleNamespace(rank=rank, world_size=3, device=process.device, sum=lambda x: x)
+        alone.agree = lambda elapsed, failure: None
+        parts.append(PseudoOracle(settings, alone))
+        parts[-1].count(stream)
+        assert 0 < parts[-1].tables.sum() < whole.tables.sum()
+    assert sum(part.tables for part in parts).equal(whole.tables)
+
+
+def test_oracle_says_on_every_rank_which_token_is_bad(tmp_path, process, monkeypatch):
+    _, settings, stream = oracle_case(tmp_path, monkeypatch)
+    stream.shards[1] = stream.shards[1].copy()
+    stream.shards[1][7] = 9
+    with pytest.raises(train_gpt.DataError, match="token id 9 is not below VOCAB_SIZE=9"):
+        PseudoOracle(settings, process).count(stream)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("rule", PSEUDO_RULES)
+@pytest.mark.parametrize("rule", RECORDED)
 def test_gpu_counts_what_the_cpu_counts(rule):
     tokens, logp, entropy, rows = recorded(5000, 50)
     settings, at = rule_settings(50, 2**12, 300), np.arange(0, 5000, 7)
     here = pseudo_stream(rule, tokens, logp, entropy, settings)
-    assert pseudo_stream(rule, tokens, logp, entropy, settings, "cuda") == pytest.approx(here, rel=1e-12)
+    stream = torch.as_tensor(tokens, dtype=torch.int32, device="cuda")
+    there = pseudo_stream(rule, stream, logp, entropy, settings)
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-12, atol=0)
     here = pseudo_totals(rule, tokens, entropy, settings, at, rows[at])
-    there = pseudo_totals(rule, tokens, entropy, settings, at, rows[at], "cuda")
-    assert there == pytest.approx(here, rel=1e-12)
+    there = pseudo_totals(rule, stream, entropy, settings, at, rows[at])
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-12, atol=0)
 
 
 @pytest.fixture(scope="module")

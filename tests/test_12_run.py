@@ -479,6 +479,93 @@ def test_quantization_aware_training_closes_the_gap(env, tmp_path):
     assert gaps[1] < 0.6 * gaps[0]
 
 
+GATED = {"PSEUDO": "pr834", "GATE_HEAD": "1", "NGRAM_BUCKETS": "4096"}
+
+
+def test_the_gate_learns_beside_the_model(env, monkeypatch):
+    """#834 at a small width: the oracle is counted on the clock, the mixer's loss falls, the gate is kept."""
+    narrow = {"MODEL_DIM": "32", "NUM_LAYERS": "3", "VE_LAYERS": "1,2", "XSA_LAST_N": "3", "VE_DIM": "8"}
+    narrow |= {"RECIPE": "pr834", "NUM_HEADS": "4", "NUM_KV_HEADS": "4", "ROPE_DIMS": "4", "BIGRAM_DIM": "8"}
+    narrow |= {
+        "BIGRAM_VOCAB_SIZE": "64",
+        "TRAIN_SEQ_LEN": "32",
+        "TRAIN_BATCH_TOKENS": "512",
+        "VOCAB_SIZE": "384",
+    }
+    narrow |= {"MICRO_BATCH_SLOTS": "2", "VAL_BATCH_SIZE": "1024", "ITERATIONS": "40", "WARMDOWN_ITERS": "30"}
+    narrow |= {"MAX_WALLCLOCK_SECONDS": "0", "WARMUP_STEPS": "1", "DATA_LANES": "4", "QAT_START": "scale:0.5"}
+    narrow |= {"MUON_MOMENTUM": "0.9", "MUON_MOMENTUM_WARMUP_START": "0.85", "FP16_MAX_NUMEL": "0"}
+    losses, original = [], train_gpt.GPT.pseudo_loss
+
+    def watch(self, *inputs):
+        loss = original(self, *inputs)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(train_gpt.GPT, "pseudo_loss", watch)
+    env = {**env, **narrow, "NGRAM_BUCKETS": "4096"}
+    assert main(env) == 0
+    trained = losses[4:]  # after the warm-up of both graphs, on tables still empty
+    assert len(trained) == 80
+    assert max(losses[:4]) > math.log(384) - 0.1
+    assert sum(trained[-10:]) < 0.8 * sum(trained[:10])
+    (event,) = metrics_of(env, "oracle")
+    assert event["tokens"] == train_gpt.load_dataset(train_gpt.Settings.from_env(env)).stream.total
+    assert 0 < event["seconds"] < result_of(env)["train_seconds"]
+    assert metrics_of(env, "qat")[0]["step"] > 20
+    log = (Path(env["RUN_DIR"]) / "run.log").read_text()
+    assert re.search(r"^oracle: hashed \d+ training tokens train_time:\d+ms$", log, re.M)
+    weights = train_gpt.read_artifact(Path(env["RUN_DIR"]) / "artifact.bin").weights
+    assert weights["gate_head.weight"].abs().max() > 0
+    assert weights["gate_head.bias"].shape == (7,)
+
+
+def test_an_artifact_with_a_gate_is_scored_alone(env, tmp_path):
+    assert main({**env, **GATED}) == 0
+    only = {"EVAL_ONLY": str(Path(env["RUN_DIR"]) / "artifact.bin"), "DATA_PATH": env["DATA_PATH"]}
+    assert main({**only, "RUN_DIR": str(tmp_path / "only")}) == 0
+    again = result_of({"RUN_DIR": str(tmp_path / "only")})
+    assert again["val_loss"] == result_of(env)["val_loss"]
+
+
+def test_the_gate_changes_the_training_of_the_blocks(env, tmp_path):
+    """The same seed: equal blocks at the start, other ones after four steps; 1 and 2 ranks agree."""
+    plain, gated = ({**env, "RUN_DIR": str(tmp_path / name)} for name in ("plain", "gated"))
+    assert main(plain) == 0
+    assert main({**gated, **GATED}) == 0
+    one, other = (train_gpt.read_artifact(Path(run["RUN_DIR"]) / "artifact.bin") for run in (plain, gated))
+    name = "blocks.1.mlp.fc.weight"
+    assert not one.weights[name].equal(other.weights[name])
+    two = {**env, **GATED, "RUN_DIR": str(tmp_path / "two")}
+    done = torchrun(2, "train_gpt.py", env=two)
+    assert done.returncode == 0, done.stderr
+    losses = [[e["train_loss"] for e in metrics_of(run, "train")] for run in (gated, two)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert metrics_of(two, "oracle")[0]["tokens"] == metrics_of(gated, "oracle")[0]["tokens"]
+
+
+@pytest.mark.slow
+def test_the_gate_compiles_into_one_graph_per_loss(env, tmp_path, monkeypatch):
+    """Lookups stay outside, nothing is compiled once the clock runs, and the losses are the plain ones."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    runs, graphs = [], []
+    original = train_gpt.PseudoOracle.count
+    monkeypatch.setattr(
+        train_gpt.PseudoOracle,
+        "count",
+        lambda self, stream: graphs.append(counters["stats"]["unique_graphs"]) or original(self, stream),
+    )
+    for choice in ("0", "1"):
+        run = {**env, **GATED, "COMPILE": choice, "QAT_START": "scale:0.9", "RUN_DIR": str(tmp_path / choice)}
+        assert main(run) == 0
+        runs.append([event["train_loss"] for event in metrics_of(run, "train")])
+    assert graphs == [0, 2]
+    assert runs[1] == pytest.approx(runs[0], abs=1e-3)
+
+
 @pytest.mark.slow
 def test_switching_quantization_on_compiles_nothing_inside_the_clock(env, monkeypatch):
     """Both graphs exist before the averages (and then the clock) start, and nothing is compiled after."""

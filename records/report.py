@@ -109,6 +109,46 @@ def growth_table() -> str:
     return "\n".join(rows)
 
 
+def buckets_table() -> str:
+    """Return the table of #864's rule by number of buckets."""
+    rows = [
+        "| stream | buckets | pseudo-score | sum of probabilities | after division | exact cache | neural |"
+    ]
+    rows.append("| --- | --- | --- | --- | --- | --- | --- |")
+    for name, stream in json.loads((RECORDS / "streams.json").read_text())["buckets"].items():
+        for row in stream["rows"]:
+            figures = f"{row['pseudo_bpb']:.4f} | {row['mass']:.1f} | {row['renormalized_bpb']:.4f}"
+            beside = f"{stream['exact']:.4f} | {stream['neural']:.4f}"
+            rows.append(f"| {name} | 2^{row['buckets'].bit_length() - 1} | {figures} | {beside} |")
+    return "\n".join(rows)
+
+
+def buckets_svg() -> str:
+    """Return the picture of #864's rule on fineweb_val: pseudo-score and sum of probabilities."""
+    stream = json.loads((RECORDS / "streams.json").read_text())["buckets"]["fineweb_val"]
+    rows = stream["rows"]
+    powers = [row["buckets"].bit_length() - 1 for row in rows]
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 310" font-family="sans-serif"']
+    parts.append(' font-size="12"><rect width="760" height="310" fill="white"/>')
+    panels = (
+        (50, "pseudo-score and exact cache, bits per byte", "pseudo_bpb", stream["exact"]),
+        (430, "sum of the pseudo-probabilities (1 is a probability)", "mass", 1.0),
+    )
+    for left, title, key, level in panels:
+        top = 1.1 * max(level, *(row[key] for row in rows))
+        x = [left + 290 * index / max(len(rows) - 1, 1) for index in range(len(rows))]
+        line = " ".join(f"{at:.1f},{260 - 215 * row[key] / top:.1f}" for at, row in zip(x, rows, strict=True))
+        parts.append(f'<text x="{left}" y="22" font-size="14">{title}</text>')
+        parts.append(f'<polyline points="{line}" fill="none" stroke="#c05621" stroke-width="2"/>')
+        y = 260 - 215 * level / top
+        parts.append(f'<line x1="{left}" x2="{left + 290}" y1="{y:.1f}" y2="{y:.1f}" stroke="#2b6cb0"/>')
+        for at, row, power in zip(x, rows, powers, strict=True):
+            height = 252 - 215 * row[key] / top
+            parts.append(f'<text x="{at:.1f}" y="278" text-anchor="middle">2^{power}</text>')
+            parts.append(f'<text x="{at:.1f}" y="{height:.1f}" text-anchor="middle">{row[key]:.3g}</text>')
+    return "".join(parts) + "</svg>\n"
+
+
 def curve_svg() -> str:
     """Return the picture of the kept cpu run: training loss over the clock, final score beside xz."""
     result, events = kept_run("cpu")
@@ -154,6 +194,7 @@ BLOCKS = {
     "alternatives": alternatives_table,
     "bench": bench_table,
     "streams": streams_table,
+    "buckets": buckets_table,
     "growth": growth_table,
 }
 
@@ -170,7 +211,10 @@ def renewed(text: str) -> str:
 def outputs() -> dict[Path, str]:
     """Return every file this script writes, with its content."""
     pages = [ROOT / "README.md", RECORDS / "README.md"]
-    return {page: renewed(page.read_text()) for page in pages} | {RECORDS / "cpu_run.svg": curve_svg()}
+    return {page: renewed(page.read_text()) for page in pages} | {
+        RECORDS / "cpu_run.svg": curve_svg(),
+        RECORDS / "buckets.svg": buckets_svg(),
+    }
 
 
 def main(argv: list[str]) -> int:

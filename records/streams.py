@@ -10,6 +10,7 @@ and the exact cache beside them. `records/report.py` makes the tables and the pi
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import lzma
 import math
@@ -18,7 +19,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyppmd
 import torch
 
 RECORDS = Path(__file__).resolve().parent
@@ -58,6 +58,8 @@ LONG = 2**21  # targets of the made-up stream
 
 def compressors(text: bytes) -> dict[str, float]:
     """Return bits per byte of general-purpose compressors."""
+    import pyppmd
+
     ppmd = pyppmd.Ppmd7Encoder(16, 256 << 20)
     sizes = {
         "xz -9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
@@ -119,6 +121,9 @@ def main() -> int:
     folder = os.environ.get("SAMPLE_DATA")
     if not folder:
         print("error: SAMPLE_DATA is not set; set it to the folder of recorded streams", file=sys.stderr)
+        return 2
+    if importlib.util.find_spec("pyppmd") is None:
+        print("error: PPMd is not installed; pip install pyppmd==1.3.1", file=sys.stderr)
         return 2
     report = {"streams": {name: measure(Path(folder), name) for name in STREAMS}}
     report["variables"] = VARIANTS

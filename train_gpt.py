@@ -2206,6 +2206,7 @@ def mix_prices(
 
 def mix_stream(tokens: Tensor, logp: Tensor, entropy: Tensor, settings: Settings) -> Tensor:
     """Return the log-probabilities (N,) float32 of the targets of a recorded stream, tokens (N + 1,)."""
+    tokens, logp, entropy = map(torch.as_tensor, (tokens, logp, entropy))
     return mix_prices(tokens, recall(tokens, settings), logp, entropy, None, settings).logp
 
 

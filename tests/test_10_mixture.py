@@ -157,6 +157,8 @@ def test_deterministic_and_free_of_global_randomness():
     first = mix_stream(tokens, logp, entropy, settings)
     state = torch.get_rng_state()
     assert mix_stream(tokens.int(), logp, entropy, settings).equal(first)
+    arrays = (tokens.numpy().astype(np.int32), logp.numpy(), entropy.numpy())
+    assert mix_stream(*arrays, settings).equal(first)
     assert torch.get_rng_state().equal(state)
 
 

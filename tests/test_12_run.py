@@ -642,3 +642,22 @@ def test_result_is_json_that_any_reader_takes(env):
     assert main(env) == 0
     text = (Path(env["RUN_DIR"]) / "result.json").read_text()
     assert json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["exit_code"] == 0
+
+
+@pytest.mark.parametrize("rule", ["pr864", "pr890", "pr779", "pr810", "pr834"])
+def test_a_pseudo_score_follows_the_score_and_never_stands_for_it(env, capsys, rule):
+    more = {"PSEUDO": rule, "NGRAM_CHUNK_TOKENS": "50", "NGRAM_BUCKETS": "64", "PSEUDO_SAMPLE": "40"}
+    assert main({**env, **more, "GATE_HEAD": str(int(rule == "pr834"))}) == 0
+    lines = capsys.readouterr().out.splitlines()
+    place = next(n for n, line in enumerate(lines) if line.startswith(f"pseudo {rule}: "))
+    assert re.fullmatch(
+        rf"pseudo {rule}: \d+\.\d{{4}} \(not a code length: probabilities sum to [\d.e+]+ on average; "
+        r"after renormalisation \d+\.\d{4} bpb\)",
+        lines[place],
+    )
+    assert any(line.startswith("final_score:") for line in lines[:place])
+    assert FINAL_LINE.fullmatch(lines[-1])
+    (event,) = metrics_of(env, "pseudo")
+    assert event.keys() == {"event", "rule", "pseudo_bpb", "mass", "renormalized_bpb"}
+    assert event["mass"] > 1.5
+    assert "pseudo_bpb" not in json.dumps(result_of(env))

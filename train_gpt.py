@@ -1503,6 +1503,8 @@ class QuantizationAware(nn.Module):
         for name, parameter in model.named_parameters():
             if (kind := tensor_kind(name, parameter, settings)) in BITS:
                 self.groups.setdefault((BITS[kind], parameter.size(1)), []).append(name)
+        if not self.groups:
+            raise SettingError(f"QAT_START={settings.qat_start} finds no matrix; lower FP16_MAX_NUMEL")
         self.register_buffer("sharpness", torch.ones_like(model.tok_emb.weight[0, 0]), persistent=False)
 
     def sharpen(self, scale: float) -> None:
@@ -2700,10 +2702,9 @@ def score_final(
 
     Counting needs only tokens and comes first: what it expects, the model prices as well. Rank 0 mixes, so
     the score does not depend on the number of ranks. A pseudo-score goes to the log only."""
-    tokens, known, numbers = dataset.val_tokens, None, {}
+    tokens, numbers = dataset.val_tokens, {}
     ids = torch.from_numpy(tokens.astype(np.int32)).to(process.device)
-    if settings.ngram_cache == "exact":
-        known = recall(ids, settings)
+    known = recall(ids, settings) if settings.ngram_cache == "exact" else None
     proposals = known.proposals if known else ids.new_empty((0, len(ids) - 1))
     chunks = list(score_stream(logits, tokens, settings, settings.eval_stride, process, "score", proposals))
     final = account(chunks, dataset, process)

@@ -661,3 +661,9 @@ def test_a_pseudo_score_follows_the_score_and_never_stands_for_it(env, capsys, r
     assert event.keys() == {"event", "rule", "pseudo_bpb", "mass", "renormalized_bpb"}
     assert event["mass"] > 1.5
     assert "pseudo_bpb" not in json.dumps(result_of(env))
+
+
+def test_quantization_aware_training_without_a_matrix_is_refused(env, capsys):
+    more = {"QAT_START": "step0", "FP16_MAX_NUMEL": "1000000", "EMBED_BITS": "16"}
+    assert main({**env, **more}) == 2
+    assert "QAT_START=step0 finds no matrix; lower FP16_MAX_NUMEL" in capsys.readouterr().err

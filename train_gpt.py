@@ -861,6 +861,7 @@ def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Datase
 # V vocabulary. Parameter names are the contest's. Guards causality: no position sees a later one.
 # ============================================================================================================
 
+GATES = 7  # logits of #834's gate: the neural price, then orders 2 ... 7
 NORM_EPSILON = 1.19e-7  # of float32, written out: the default of F.rms_norm varies with version and dtype
 
 
@@ -1075,8 +1076,7 @@ class GPT(nn.Module):
             up = nn.Linear(D, s.pre_enrich_dim, bias=False)
             self.pre_enrich = nn.Sequential(up, nn.GELU(), nn.Linear(s.pre_enrich_dim, D, bias=False))
         initialize(self, s)
-        # Of #834: the neural price, then orders 2 ... 7.
-        self.gate_head = gate(D, 7, [2.0] + 6 * [0.0]) if s.gate_head else None
+        self.gate_head = gate(D, GATES, [2.0] + (GATES - 1) * [0.0]) if s.gate_head else None
         for length in {s.train_seq_len, s.window}:
             tables = rotary_tables(length, s.rope_dims or s.head_dim, s.rope_base, s.rope_ntk_length)
             self.register_buffer(f"rotary_{length}", tables, persistent=False)
@@ -1092,11 +1092,6 @@ class GPT(nn.Module):
         if self.smear_gate is None:
             return x
         return x + torch.sigmoid(self.smear_gate) * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
-
-    def enrichment(self, ids: Tensor) -> Tensor:
-        """Return how far pre-enrichment moves each embedding, (B, T): the signal of #810's cache."""
-        x = self.smeared(ids)
-        return (self.pre_enrich(x) - x).norm(dim=-1)
 
     def hidden(self, ids: Tensor, last: int | None = None) -> Tensor:
         """Return the normed output of the blocks (B, T, D) for ids (B, T), or of the last positions only."""
@@ -1503,7 +1498,7 @@ class QuantizationAware(nn.Module):
         for name, parameter in model.named_parameters():
             if (kind := tensor_kind(name, parameter, settings)) in BITS:
                 self.groups.setdefault((BITS[kind], parameter.size(1)), []).append(name)
-        if not self.groups:
+        if not self.groups and settings.qat_start != "off":
             raise SettingError(f"QAT_START={settings.qat_start} finds no matrix; lower FP16_MAX_NUMEL")
         self.register_buffer("sharpness", torch.ones_like(model.tok_emb.weight[0, 0]), persistent=False)
 
@@ -2183,7 +2178,7 @@ def mix_prices(
 
     `logp`, `entropy` (N,) float32 of the neural model; `proposed` (K, N): its view of known.proposals."""
     shared, total, families = shared_features(logp, entropy, proposed), len(logp), len(known.names)
-    vocab_rows, experts = min(settings.vocab_size + 1, EMBED_ROWS), 1 + 2 * families
+    experts = 1 + 2 * families
     network = Gate(6 * families + len(shared), experts, settings, logp.device)
     usage, neural = torch.zeros(experts, device=logp.device), logp.exp()
     gated = torch.empty(total, dtype=torch.float64, device=logp.device)
@@ -2193,7 +2188,7 @@ def mix_prices(
         masked = ((codes[::6] == 0) | (settings.cache_lr == 0)).repeat(2, 1)
         prices = torch.stack([neural[part]] + [x[part].float() for x in known.share + known.right])
         features = torch.cat([codes.float() / CODE_ONE, shared[:, part]])
-        rows = torch.stack([tokens[part], known.proposals[0, part]]).long() % vocab_rows
+        rows = torch.stack([tokens[part], known.proposals[0, part]]).long() % network.weights[3].shape[1]
         chunk = Chunk(features, rows, F.pad(masked, (0, 0, 1, 0)), prices)
         forward = network.forward(chunk)
         usage += forward[1].sum(dim=1)
@@ -2441,7 +2436,7 @@ def pseudo_mass(rule: str, tokens, entropy, settings: Settings, every: int, gate
     return float(pseudo_totals(rule, tokens, entropy, settings, at, gate=gate).mean())
 
 
-def pseudo_sample(total: int, settings: Settings) -> np.ndarray:
+def pseudo_targets(total: int, settings: Settings) -> np.ndarray:
     """Return PSEUDO_SAMPLE of `total` targets, evenly spread, or all if there are fewer; counted from 0."""
     count = min(total, settings.pseudo_sample)
     return np.arange(count) * total // max(count, 1)
@@ -2450,9 +2445,9 @@ def pseudo_sample(total: int, settings: Settings) -> np.ndarray:
 def pseudo_report(tokens, logp, entropy, target_bytes, settings: Settings, rows=None, gate=None):
     """Return what rule PSEUDO makes of a recorded stream, as a line and as numbers; see `pseudo_stream`.
 
-    `target_bytes` (N,). `rows` (Q, V), of `pseudo_totals`, belong to the targets `pseudo_sample`, from which
+    `target_bytes` (N,). `rows` (Q, V), of `pseudo_totals`, belong to `pseudo_targets`, from which
     the mass and the bits per byte after division by each target's own sum are taken."""
-    rule, at = settings.pseudo, pseudo_sample(len(target_bytes), settings)
+    rule, at = settings.pseudo, pseudo_targets(len(target_bytes), settings)
     nats = -pseudo_stream(rule, tokens, logp, entropy, settings, gate)
     totals = pseudo_totals(rule, tokens, entropy, settings, at, rows, gate)
     bpb, mass = bits_per_byte(nats.sum(), target_bytes.sum()), float(totals.mean())
@@ -2696,36 +2691,35 @@ def log_cache(neural: Tensor, mixture: Mixture, dataset: Dataset, log: Log) -> d
 
 
 def score_final(
-    logits, dataset: Dataset, settings: Settings, process: Process, log: Log
+    logits, dataset: Dataset, settings: Settings, process: Process, log: Log, clock: Clock
 ) -> dict[str, object]:
     """Score the validation split with the neural model and, if it is on, the exact cache; return all numbers.
 
     Counting needs only tokens and comes first: what it expects, the model prices as well. Rank 0 mixes, so
     the score does not depend on the number of ranks. A pseudo-score goes to the log only."""
-    tokens, numbers = dataset.val_tokens, {}
+    tokens, numbers, gates = dataset.val_tokens, {}, GATES * settings.gate_head
     ids = torch.from_numpy(tokens.astype(np.int32)).to(process.device)
     known = recall(ids, settings) if settings.ngram_cache == "exact" else None
     proposals = known.proposals if known else ids.new_empty((0, len(ids) - 1))
     chunks = list(score_stream(logits, tokens, settings, settings.eval_stride, process, "score", proposals))
     final = account(chunks, dataset, process)
-    gates = 7 * settings.gate_head
     logp, entropy, *beside = hand_over(chunks, len(ids) - 1, len(proposals) + gates, process)
     if known:
-        prices = torch.zeros_like(logp)
+        mixture = Mixture(torch.zeros_like(logp), {})
         if process.is_main:
             mixture = mix_prices(ids, known, logp, entropy, torch.stack(beside[: len(proposals)]), settings)
-            prices, numbers = mixture.logp, log_cache(logp, mixture, dataset, log)
-        process.sum(prices)
+        prices = process.sum(mixture.logp)
         priced = (chunk._replace(logp=prices.index_select(0, chunk.positions)) for chunk in chunks)
         final = account(priced, dataset, process)
-    shape = (
-        f"window:{settings.window} stride:{settings.eval_stride} tokens:{final.tokens} bytes:{final.bytes}"
-    )
-    line = f"final_score: {shape} val_loss:{final.val_loss:.8f} val_bpb:{final.val_bpb:.8f}"
-    log.event("score", line, **final._asdict())
+    clock.stop()  # what follows describes the score, or is none
+    if known and process.is_main:
+        numbers = log_cache(logp, mixture, dataset, log)
+    line = f"final_score: window:{settings.window} stride:{settings.eval_stride} tokens:{final.tokens}"
+    line += f" bytes:{final.bytes} val_loss:{final.val_loss:.8f} val_bpb:{final.val_bpb:.8f}"
+    log.event("score", f"{line} eval_time:{clock.total_ms:.0f}ms", **final._asdict())
     if settings.pseudo != "none":
-        at = pseudo_sample(len(ids) - 1, settings)
-        rows = score_sample(logits, tokens, at, settings, process) if settings.pseudo == "pr890" else None
+        at, peeks = pseudo_targets(len(ids) - 1, settings), PSEUDO_RULES[settings.pseudo].peeks
+        rows = score_sample(logits, tokens, at, settings, process) if peeks else None
         if process.is_main:
             gate_logits = torch.stack(beside[-gates:], dim=1) if gates else None
             streams = (ids, logp, entropy, dataset.target_bytes)
@@ -2745,8 +2739,7 @@ def evaluate(
     model.load_state_dict(artifact.weights)
     body = model.gated_logits if settings.gate_head else model.logits
     logits = torch.compile(body, dynamic=False) if compiled else body
-    final = score_final(logits, dataset, settings, process, log)
-    clock.stop()
+    final = score_final(logits, dataset, settings, process, log, clock)
     reference = {"xz_bpb": xz_bits_per_byte(dataset, log)} if process.is_main else {}
     return {**final, "eval_seconds": clock.total_ms / 1000, **reference}
 

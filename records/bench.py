@@ -132,7 +132,7 @@ def repetitive_tokens(count: int, vocab_size: int = 1024) -> torch.Tensor:
 def bench_cache(millions: int, process: train_gpt.Process) -> dict[str, object]:
     """Return tokens a second of counting and of counting and mixing, and the memory that both took."""
     tokens = repetitive_tokens(millions * 2**20 + 1).to(process.device)
-    settings = train_gpt.Settings.from_env({"TOKENIZER_PATH": "/none"})
+    settings = train_gpt.Settings()
     logp, entropy = torch.full((2, len(tokens) - 1), 3.0, device=process.device)
 
     def count():

@@ -82,8 +82,7 @@ def measure(folder: Path, name: str) -> dict[str, object]:
     figures["compressors"] = compressors(text) if len(text) == size else {}
     figures["variants"] = {}
     for variant in variants:
-        variables = {"VOCAB_SIZE": "1024", "TOKENIZER_PATH": str(path), **VARIANTS[variant]}
-        settings = train_gpt.Settings.from_env(variables)
+        settings = train_gpt.Settings.from_env(VARIANTS[variant])
         prices = train_gpt.mix_stream(torch.from_numpy(tokens), logp, entropy, settings)
         bpb = -float(prices.double().sum()) / math.log(2) / size
         figures["variants"][variant] = bpb
@@ -102,7 +101,7 @@ def long_stream() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def sweep(tokens: torch.Tensor, logp: torch.Tensor, entropy: torch.Tensor, size: int) -> dict[str, object]:
     """Return #864's figures by number of buckets, and the exact cache's; `size` is the bytes of the text."""
-    exact = train_gpt.mix_stream(tokens, logp, entropy, train_gpt.Settings(tokenizer_path="/none"))
+    exact = train_gpt.mix_stream(tokens, logp, entropy, train_gpt.Settings())
     figures = {"exact": -float(exact.double().sum()) / math.log(2) / size, "rows": []}
     figures |= {"tokens": len(logp), "neural": -float(logp.double().sum()) / math.log(2) / size}
     target_bytes = np.full(len(logp), size / len(logp))

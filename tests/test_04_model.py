@@ -264,15 +264,6 @@ def test_gate_head_starts_with_the_neural_price_and_adds_its_loss():
     assert model.gate_head.bias.grad.abs().max() > 0
 
 
-def test_enrichment_is_the_distance_it_moves():
-    model = make_model(PRE_ENRICH_DIM="20", SMEAR_GATE="half")
-    ids = torch.randint(0, 50, (2, 9))
-    x = model.smeared(ids).detach().numpy()
-    weights = [model.pre_enrich[i].weight.detach().numpy() for i in (0, 2)]
-    change = reference.gelu(x @ weights[0].T) @ weights[1].T - x
-    np.testing.assert_allclose(model.enrichment(ids).detach().numpy(), (change**2).sum(-1) ** 0.5, atol=1e-9)
-
-
 def test_initial_values_of_the_parts():
     settings = Settings.from_env({"RECIPE": "pr890", "NUM_LAYERS": "2", "VE_LAYERS": "1", "XSA_LAST_N": "0"})
     model = GPT(settings)

@@ -23,7 +23,6 @@ def settings_for(vocab_size, **more):
     return Settings.from_env(
         {
             "VOCAB_SIZE": str(vocab_size),
-            "TOKENIZER_PATH": "/none",
             **{k.upper(): str(v) for k, v in more.items()},
         }
     )

@@ -24,8 +24,8 @@ from train_gpt import (
     pseudo_mass,
     pseudo_report,
     pseudo_rule,
-    pseudo_sample,
     pseudo_stream,
+    pseudo_targets,
     pseudo_totals,
 )
 
@@ -182,7 +182,7 @@ def test_rules_are_those_of_the_setting_and_complete():
 def test_report_shows_the_mass_and_is_no_code_length():
     tokens, logp, entropy, rows = recorded(500, 20)
     settings = rule_settings(20, 16, 50, pseudo="pr890", pseudo_sample=100)
-    at, sizes = pseudo_sample(500, settings), np.arange(500) % 3
+    at, sizes = pseudo_targets(500, settings), np.arange(500) % 3
     assert at.tolist() == list(range(0, 500, 5))
     line, numbers = pseudo_report(tokens, logp, entropy, sizes, settings, rows[at])
     twin = reference.PseudoTwin("pr890", tokens, logp, entropy, 20, rows, 50, 16)
@@ -200,7 +200,7 @@ def test_report_shows_the_mass_and_is_no_code_length():
 
 def test_sample_is_spread_evenly_and_never_repeats():
     for total, count in ((0, 5), (1, 5), (5, 5), (7, 5), (1_040_297, 20_000)):
-        at = pseudo_sample(total, Settings(pseudo_sample=count))
+        at = pseudo_targets(total, Settings(pseudo_sample=count))
         assert len(at) == min(total, count)
         assert len(at) < 2 or (np.diff(at).min() >= 1 and np.ptp(np.diff(at)) <= 1)
 

@@ -667,3 +667,4 @@ def test_quantization_aware_training_without_a_matrix_is_refused(env, capsys):
     more = {"QAT_START": "step0", "FP16_MAX_NUMEL": "1000000", "EMBED_BITS": "16"}
     assert main({**env, **more}) == 2
     assert "QAT_START=step0 finds no matrix; lower FP16_MAX_NUMEL" in capsys.readouterr().err
+    assert main({**env, **more, "QAT_START": "off"}) == 0

@@ -927,10 +927,11 @@ class Attention(nn.Module):
         self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) if settings.value_residual else None
         self.attn_gate = gate(settings.model_dim, self.num_heads, 4.0) if settings.gated_attn else None
 
-    def forward(self, x: Tensor, rotary: Tensor, extra=None, first=None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, rotary: Tensor, extra=None, first=None, memory=None) -> tuple[Tensor, Tensor]:
         """Return the attention branch for x (B, T, D), and the first block's values (B, T, K * D / H).
 
-        `extra`: a value embedding to add to this block's values; `first`: None in the first block."""
+        `extra`: a value embedding to add to this block's values; `first`: None in the first block; `memory`
+        (2, B, K, past + T, D / H): keys and values of the past, whose last T places this call fills."""
         B, T, D = x.shape
         q = self.c_q(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, D / H)
         k = self.c_k(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)  # (B, K, T, D / H)
@@ -942,7 +943,12 @@ class Attention(nn.Module):
         q = apply_rotary(rms_norm(q), rotary) * self.q_gain.to(q.dtype)[:, None, None]
         k = apply_rotary(rms_norm(k), rotary)
         grouped = self.num_heads != self.num_kv_heads
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        keys, values = k, v
+        if memory is not None:
+            memory[:, :, :, -T:] = torch.stack((k, v))
+            keys, values = memory.to(q.dtype)
+        causal = keys.size(2) == T  # a single new position sees all that there is
+        y = F.scaled_dot_product_attention(q, keys, values, is_causal=causal, enable_gqa=grouped)
         y = (exclude_own_value(y, v) if self.exclusive else y).transpose(1, 2)
         if self.attn_gate is not None:
             y = y * torch.sigmoid(self.attn_gate(x))[..., None]
@@ -982,7 +988,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, x0: Tensor, *carried: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the stream after this block and the first values; x, x0 (the embedding) are (B, T, D).
 
-        `carried`: rotary tables, value embedding, first values, as Attention.forward takes them."""
+        `carried`: rotary tables and all that follows, as Attention.forward takes them."""
         mix = self.resid_mix.to(x.dtype)
         start = mix[0] * x + mix[1] * x0
         branch, first = self.attn(rms_norm(start, self.norm_scale), *carried)
@@ -1093,23 +1099,29 @@ class GPT(nn.Module):
             return x
         return x + torch.sigmoid(self.smear_gate) * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
 
-    def hidden(self, ids: Tensor, last: int | None = None) -> Tensor:
-        """Return the normed output of the blocks (B, T, D) for ids (B, T), or of the last positions only."""
-        s, x = self.settings, self.smeared(ids)
+    def hidden(self, ids: Tensor, last: int | None = None, memory=None, seen: int = 0) -> Tensor:
+        """Return the normed output of the blocks (B, T, D) for ids (B, T), or of the last positions only.
+
+        `memory` (layers, 2, B, K, window, D / H) holds keys and values of the first `seen` ids, 0 or T - 1,
+        from the call before, and takes in those of the others, for which alone there is an output."""
+        s, near = self.settings, max(seen - 2, 0)  # bigrams and smear reach two positions back
+        x = self.smeared(ids[:, near:])[:, seen - near :]
         x = x if self.pre_enrich is None else rms_norm(self.pre_enrich(x))
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        length = min(n for n in (s.train_seq_len, s.window) if n >= ids.size(1))
-        rotary, x0, first = self.get_buffer(f"rotary_{length}"), x, None
+        size = ids.size(1) if memory is None else memory.size(-2)
+        length = min(n for n in (s.train_seq_len, s.window) if n >= size)
+        rotary, x0, first = self.get_buffer(f"rotary_{length}")[:, seen:], x, None
         values: dict[int, Tensor] = {}
         if self.ve_shared is not None:
-            shared, scales = self.ve_shared(ids), self.ve_layer_scales
+            shared, scales = self.ve_shared(ids[:, seen:]), self.ve_layer_scales
             values = {n: w.to(shared.dtype) * shared for n, w in zip(s.value_layers, scales, strict=True)}
         skips: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             if index >= self.num_encoder and skips:
                 x = x + self.skip_weights[index - self.num_encoder].to(x.dtype) * skips.pop()
-            x, first = block(x, x0, rotary, values.get(index), first)
+            past = None if memory is None else memory[index, :, :, :, : ids.size(1)]
+            x, first = block(x, x0, rotary, values.get(index), first, past)
             if index < self.num_encoder:
                 skips.append(x)
         return rms_norm(x if last is None else x[:, x.size(1) - last :])
@@ -1120,9 +1132,9 @@ class GPT(nn.Module):
         # Dividing before the product spares a pass over (B, T, V).
         return cap * torch.tanh(F.linear(x / cap, weight).float()) if cap else F.linear(x, weight).float()
 
-    def logits(self, ids: Tensor, last: int | None = None) -> Tensor:
+    def logits(self, ids: Tensor, last: int | None = None, *memory) -> Tensor:
         """Return logits (B, T, V) in float32 for ids (B, T), or (B, last, V) for the last positions only."""
-        return self.capped(self.hidden(ids, last), self.lm_head)
+        return self.capped(self.hidden(ids, last, *memory), self.lm_head)
 
     def gated_logits(self, ids: Tensor, last: int | None = None) -> Tensor:
         """Return what `logits` returns and, of the same pass, the logits of the gate, (B, last, V + 7)."""
@@ -1730,12 +1742,11 @@ def plan_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
 
     A window reads the inputs start ... stop - 1 (at most seq_len) and prices the targets first ... stop - 1,
     counted from 0; target i follows input i. The first window prices all of its targets, each later one the
-    next `stride`, with as much context as fits; the last ends at `total`. Pure."""
-    opening = min(seq_len, total)
-    stops = np.concatenate(([opening], np.arange(opening + stride, total + stride, stride).clip(max=total)))
-    stops = stops[: 1 + -(-(total - opening) // stride)].astype(np.int64)
-    plan = np.stack((np.maximum(stops - seq_len, 0), np.concatenate(([0], stops[:-1])), stops), axis=1)
-    return plan[: len(stops) if total else 0]
+    next `stride`, with as much context as fits. A window starts where it does whatever `total` is: what is
+    still to come changes no context. Pure."""
+    firsts = np.concatenate(([0] * (total > 0), np.arange(seq_len, total, stride))).astype(np.int64)
+    starts = np.where(firsts > 0, firsts + stride - seq_len, 0)
+    return np.stack((starts, firsts, np.append(firsts[1:], total)[: len(firsts)]), axis=1)
 
 
 class ScoredChunk(NamedTuple):

@@ -68,7 +68,7 @@ def windows(total, seq_len, stride):
     plan, done = [], 0
     while done < total:
         stop = min(total, seq_len if done == 0 else done + stride)
-        plan.append((max(0, stop - seq_len), done, stop))
+        plan.append((done + stride - seq_len if done else 0, done, stop))
         done = stop
     return plan
 

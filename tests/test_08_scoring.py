@@ -36,9 +36,16 @@ def test_plan_prices_every_target_once_with_full_context(total):
     for start, first, stop in plan_windows(total, 16, 5):
         assert 0 <= start <= first < stop <= total
         assert stop - start <= 16
-        assert start == 0 or stop - start == 16
+        assert first - start == (11 if first else 0)
         times[first:stop] += 1
     assert (times == 1).all()
+
+
+def test_what_is_still_to_come_moves_no_window():
+    whole = plan_windows(1009, 16, 5)
+    for total in TOTALS:
+        plan = plan_windows(total, 16, 5)
+        assert (plan[:, :2] == whole[: len(plan), :2]).all()
 
 
 def test_plan_of_the_contests_split_is_quick_and_complete():

@@ -1766,10 +1766,10 @@ def score_windows(
 
     `logits(ids, last)` is GPT.logits or GPT.gated_logits, perhaps compiled. Every pass has one of two shapes:
     opening windows hand out all positions, later ones the last few; short batches are padded."""
-    seq_len, priced = settings.window, plan[:, 2] - plan[:, 1]
+    seq_len, opening = settings.window, plan[:, 1] == 0
     batch = settings.val_batch_size // settings.micro_batch_slots // seq_len
-    later = int(priced[plan[:, 1] > 0].max(initial=1))
-    opens = (plan[:, 1] == 0) | (later == seq_len)
+    later = int((seq_len + plan[:, 0] - plan[:, 1])[~opening].max(initial=1))
+    opens = opening | (later == seq_len)
     with process.progress(len(plan), label) as bar:
         for windows, last in ((plan[opens], seq_len), (plan[~opens], later)):
             size = min(batch, len(windows))

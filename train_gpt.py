@@ -98,6 +98,10 @@ class DataError(RunError, exit_code=5):
     """An input file (shard, tokenizer, manifest, artifact) is missing, damaged or of the wrong kind."""
 
 
+class AuditError(RunError, exit_code=4):
+    """The score is not a code length, or not that of the artifact."""
+
+
 class NonFiniteError(RunError, exit_code=6):
     """A loss, a weight or a score is infinite or not a number."""
 
@@ -927,7 +931,9 @@ class Attention(nn.Module):
         self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) if settings.value_residual else None
         self.attn_gate = gate(settings.model_dim, self.num_heads, 4.0) if settings.gated_attn else None
 
-    def forward(self, x: Tensor, rotary: Tensor, extra=None, first=None, memory=None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, rotary: Tensor, extra=None, first=None, memory=None
+    ) -> tuple[Tensor, Tensor]:
         """Return the attention branch for x (B, T, D), and the first block's values (B, T, K * D / H).
 
         `extra`: a value embedding to add to this block's values; `first`: None in the first block; `memory`
@@ -2176,10 +2182,20 @@ def never_worse(logp: Tensor, gated: Tensor) -> Tensor:
 
 
 class Mixture(NamedTuple):
-    """Prices of a stream and what the weights were on average."""
+    """Prices of a stream, what the weights were on average, and the state behind the last target."""
 
     logp: Tensor  # (N,) float32, nats
     weights: dict[str, float]  # mean weight of the neural model and of each family
+    gate: Gate | None
+    lead: float  # of the gate over the neural model in nats, over all targets
+
+
+class Scored(NamedTuple):
+    """A stream scored by all ranks."""
+
+    chunks: list[ScoredChunk]  # this rank's, at the neural model's prices
+    table: Tensor  # (2 + K + ..., N) float32: neural price, entropy, prices of proposals, what stood beside
+    mixture: Mixture
 
 
 def mix_prices(
@@ -2209,7 +2225,8 @@ def mix_prices(
         network.learn(chunk, forward)
     usage = (usage / max(total, 1)).tolist()
     pairs = zip(known.names, usage[1 : 1 + families], usage[1 + families :], strict=True)
-    return Mixture(never_worse(logp, gated), {"neural": usage[0], **{name: a + b for name, a, b in pairs}})
+    weights, lead = {"neural": usage[0], **{name: a + b for name, a, b in pairs}}, gated - logp.double()
+    return Mixture(never_worse(logp, gated), weights, network, float(lead.sum()))
 
 
 def mix_stream(tokens: Tensor, logp: Tensor, entropy: Tensor, settings: Settings) -> Tensor:
@@ -2505,7 +2522,372 @@ class PseudoOracle:
 
 
 # ============================================================================================================
-# 12 RUN. In: the environment. Out: a run folder (run.log, metrics.jsonl, result.json, artifact.bin), one
+# 12 AUDIT AND CODEC. In: a scorer in two calls: `prices(tokens)`, the fast path, and `predict(past)`, a
+# distribution that is fixed before its target is known. Out: audit.json and receipt.bin, which prove that the
+# printed score is a code length; or any file, compressed by an artifact, and back. The slow path goes token
+# by token in float64: key/value cache, dictionaries, autograd; it shares no counting or gating code with the
+# fast one. Encoder and decoder make the same calls in the same order: one last bit off would break decoding.
+# ============================================================================================================
+
+FREQUENCY_BITS = 24  # the frequencies of a distribution add up to 2^24 at most
+CODEC_MAGIC, CODEC_VERSION = b"GOLFTXT\n", 1
+CODEC_PREFIX = struct.Struct("<8sI32sQQ32s")  # magic, version, artifact, tokens, raw bytes, their SHA-256
+HEAD_TARGETS, LATE_TARGETS = 512, 1_024  # targets of a receipt's two spans
+AUDIT_HEAD, AUDIT_SPREAD, FLIPS = 4_096, 4, 3  # first targets priced again, single ones, futures altered
+
+
+class NeuralSteps:
+    """The neural model one target at a time; its key/value cache is filled anew where the window moves."""
+
+    def __init__(self, model: GPT, settings: Settings, process: Process) -> None:
+        self.model, self.settings, self.process, self.place = model, settings, process, (0, 0)
+        shape = (settings.num_layers, 2, 1, settings.num_kv_heads, settings.window, settings.head_dim)
+        self.memory = torch.zeros(shape, device=process.device)
+
+    def row(self, past: np.ndarray) -> np.ndarray:
+        """Return log-probabilities (V,) float64 of the token after `past`, in the window of the score."""
+        s, stop = self.settings, len(past)
+        start = max(((stop - 1 - s.window) // s.eval_stride + 1) * s.eval_stride, 0)
+        seen = stop - 1 - start if self.place == (start, stop - 1) else 0
+        ids = torch.from_numpy(past[start:].astype(np.int64))[None].to(self.process.device)
+        with torch.no_grad(), self.process.precision():
+            logits = self.model.logits(ids, 1, self.memory, seen)
+        self.place = (start, stop)
+        return logits[0, 0].double().log_softmax(dim=0).cpu().numpy()
+
+
+class Followers:
+    """What followed one context so far: how often each token, and the last one, where, how often again."""
+
+    def __init__(self) -> None:
+        self.counts, self.total, self.hits, self.last, self.place = {}, 0, 0, -1, 0
+
+    def add(self, token: int, place: int) -> None:
+        """Take in the token that followed at target `place`."""
+        self.hits += token == self.last
+        self.counts[token] = self.counts.get(token, 0) + 1
+        self.total, self.last, self.place = self.total + 1, token, place
+
+
+class SlowCache:
+    """Sections 9 and 10 once more, one target at a time: whole distributions, gradients by autograd.
+
+    Starts where the gate begins a chunk, from what a decoder has there: the tokens `past`, the neural prices
+    of those targets, and the fast path's `mixture` of them."""
+
+    def __init__(self, past: np.ndarray, prices: Tensor, mixture: Mixture, settings: Settings) -> None:
+        self.settings, self.prefix, self.places, self.table = settings, past, {}, {}
+        self.families = [re.match(r"([a-z]+)(\d+)", name).groups() for name in list(mixture.weights)[1:]]
+        markers = np.flatnonzero(past == MARKER_ID).tolist()
+        self.document, self.opened = len(markers), markers[-1] if markers else 0
+        self.recent = [0.0] * RECENT + prices[-RECENT:].tolist()
+        self.lead, self.pending, self.end, gate = mixture.lead, [], 0, mixture.gate
+        sizes = [weight.numel() for weight in gate.weights]
+        flats = [flat.double().cpu().split(sizes) for flat in (gate.flat, gate.moment1, gate.moment2)]
+        parts = [[x.view(w.shape) for x, w in zip(flat, gate.weights, strict=True)] for flat in flats]
+        self.gate = [weight.clone().requires_grad_() for weight in parts[0]]
+        self.adam = torch.optim.Adam(self.gate, settings.cache_lr, (0.9, 0.99), 1e-8)
+        for weight, first, second in zip(self.gate, *parts[1:], strict=True):
+            step = torch.tensor(float(gate.updates))
+            self.adam.state[weight] = {"step": step, "exp_avg": first.clone(), "exp_avg_sq": second.clone()}
+        self.plan_chunk(len(past) - 1)
+
+    def plan_chunk(self, begin: int) -> None:
+        """Set where the chunk that begins at target `begin` ends."""
+        self.end = begin + max(64, min(self.settings.cache_chunk_tokens, begin // 4), begin // 4_096)
+
+    def followers(self, inside: bool, context: tuple[int, ...], complete: bool) -> Followers:
+        """Return what followed `context`, only in this document if `inside`; counted when first asked for."""
+        key = (self.document if inside else -1, *context)
+        if not complete or key in self.table:
+            return self.table[key] if complete else Followers()
+        entry = self.table[key] = Followers()
+        if (newest := context[-1]) not in self.places:
+            self.places[newest] = np.flatnonzero(self.prefix[:-1] == newest)
+        places = self.places[newest]
+        places = places[places >= max(len(context) - 1, self.opened if inside else 0)]
+        for back, token in enumerate(reversed(context)):
+            places = places[self.prefix[places - back] == token]
+        for place in places.tolist():
+            entry.add(int(self.prefix[place + 1]), place)
+        return entry
+
+    def look(self, past: np.ndarray, row: np.ndarray) -> tuple[list, list, list, list]:
+        """Return features, rows of the token tables, masked experts, what followed each family's context."""
+        vocab_size, now, known, codes = len(row), len(past) - 1, [], []
+        proposals, neighbour, tail = [vocab_size], -1, past[-self.settings.cache_max_order :].tolist()
+        for kind, order in self.families:
+            length = int(order) - 1
+            entry = self.followers(kind == "document", tuple(tail[-length:]), len(tail) >= length)
+            seen, last = entry.total, entry.last
+            numbers = (seen, len(entry.counts), now - entry.place if seen else 0)
+            codes += [round(CODE_LOG * math.log1p(number)) for number in numbers]
+            codes += [CODE_ONE * (seen == 1), (CODE_ONE * entry.hits + seen // 2) // max(seen, 1)]
+            codes += [CODE_ONE * (seen > 0 and last == neighbour)]
+            if kind + order in PROPOSERS:
+                proposals.append(last if seen else vocab_size)
+            if kind == "order" and seen:
+                proposals[0] = last
+            neighbour = last
+            known.append(entry)
+        entropy, recent = -float((np.exp(row) * row).sum()), self.recent[-RECENT:]
+        shared = [1.0, entropy / 4 - 1, math.exp(-entropy), *(recent[-lag] / 4 for lag in (1, 2, 3))]
+        shared += [sum(recent) / RECENT / 2, *(row[t] / 4 if t < vocab_size else 0.0 for t in proposals)]
+        features = [code / CODE_ONE for code in codes] + [max(x, -6.0) for x in shared]
+        masked = [entry.total == 0 or self.settings.cache_lr == 0 for entry in known]
+        return features, [tail[-1], proposals[0]], [False, *masked, *masked], known
+
+    def weigh(self, features, rows, masked) -> Tensor:
+        """Return the experts' weights (n, experts) for lists of what `look` returns."""
+        into, out, bias, newest, proposed = self.gate
+        rows = torch.tensor(rows) % newest.shape[1]
+        hidden = torch.tensor(features, dtype=torch.float64) @ into.t()
+        hidden = torch.relu(hidden + newest.t()[rows[:, 0]] + proposed.t()[rows[:, 1]])
+        return (hidden @ out.t() + bias[:, 0]).masked_fill(torch.tensor(masked), -math.inf).softmax(dim=1)
+
+    def predict(self, past: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """Return the distribution (V,) of the token after `past`; `row`: the neural log-probabilities."""
+        *facts, known = self.look(past, row)
+        with torch.no_grad():
+            weights = self.weigh(*([fact] for fact in facts))[0].tolist()
+        neural = np.exp(row)
+        gated = weights[0] * neural
+        for entry, share, right in zip(known, weights[1:], weights[1 + len(known) :], strict=False):
+            if entry.total:
+                counts = np.fromiter(entry.counts.values(), np.float64, len(entry.counts))
+                gated[list(entry.counts)] += share / entry.total * counts
+                gated[entry.last] += right
+        self.now = (facts, known, row, gated)
+        trust = (1 + math.tanh(self.lead / 2)) / 2
+        return (1 - trust) * neural + trust * gated
+
+    def reveal(self, token: int, place: int) -> None:
+        """Take in the token at target `place`, the last predicted; learn where a chunk ends."""
+        facts, known, row, gated = self.now
+        shares = [entry.counts.get(token, 0) / max(entry.total, 1) for entry in known]
+        prices = [math.exp(row[token]), *shares, *(float(entry.last == token) for entry in known)]
+        self.pending.append((*facts, prices))
+        self.lead += math.log(gated[token]) - row[token]
+        self.recent.append(float(row[token]))
+        for entry in known:
+            entry.add(token, place)
+        if token == MARKER_ID:
+            self.document, self.opened = self.document + 1, place + 1
+        if place + 1 == self.end:
+            *facts, prices = zip(*self.pending, strict=True)
+            for _ in range(self.settings.cache_steps):
+                self.adam.zero_grad()
+                joint = self.weigh(*facts) * torch.tensor(prices, dtype=torch.float64)
+                (-joint.sum(dim=1).log().mean()).backward()
+                self.adam.step()
+            self.pending = []
+            self.plan_chunk(place + 1)
+
+
+class Scorer:
+    """The run's scorer: all prices of a stream at once, or one distribution after the other."""
+
+    def __init__(self, model: GPT, settings: Settings, process: Process, logits=None) -> None:
+        """`logits`: `model.logits`, perhaps compiled, for the fast path."""
+        self.model, self.settings, self.process, self.logits = (
+            model,
+            settings,
+            process,
+            logits or model.logits,
+        )
+        self.past = self.slow = self.table = None  # `table`: neural prices of the targets scored before
+
+    def score(self, tokens: np.ndarray, table: Tensor | None = None, beside: int = 0) -> Scored:
+        """Score all targets of `tokens` (N + 1,) on all ranks; `table`: what the neural model said of them.
+
+        Counting needs only tokens and comes first: what it expects, the model prices as well. Rank 0 mixes,
+        so the score does not depend on the number of ranks."""
+        s, process, chunks = self.settings, self.process, []
+        ids = torch.from_numpy(tokens.astype(np.int32)).to(process.device)
+        known = recall(ids, s) if s.ngram_cache == "exact" else None
+        proposals = known.proposals if known else ids.new_empty((0, len(ids) - 1))
+        if table is None:
+            chunks = list(score_stream(self.logits, tokens, s, s.eval_stride, process, "score", proposals))
+            table = hand_over(chunks, len(ids) - 1, len(proposals) + beside, process)
+        mixture = Mixture(table[0], {"neural": 1.0}, None, 0.0)
+        if known and process.is_main:
+            mixture = mix_prices(ids, known, table[0], table[1], table[2 : 2 + len(proposals)], s)
+        if known and process.world_size > 1:
+            own = mixture.logp if process.is_main else torch.zeros_like(table[0])
+            mixture = mixture._replace(logp=process.sum(own))
+        return Scored(chunks, table, mixture)
+
+    def prices(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the log-probability (N,) of every target of `tokens` (N + 1,), in nats."""
+        return self.score(tokens).mixture.logp.cpu().numpy()
+
+    def predict(self, past: np.ndarray) -> np.ndarray:
+        """Return the distribution (V,) float64 of the token after `past`, by the slow path.
+
+        Unless `past` goes on from the last call's, the slow path starts where the gate's chunk began."""
+        first = len(past)
+        if not np.array_equal(past[:-1], self.past):
+            self.past, self.slow = None, None
+            self.neural = NeuralSteps(self.model, self.settings, self.process)
+            if self.settings.ngram_cache == "exact":
+                *_, (begin, _) = plan_chunks(len(past), self.settings.cache_chunk_tokens)
+                first, start = begin + 1, past[: begin + 1]
+                scored = self.score(start, None if self.table is None else self.table[:, :begin])
+                self.slow = SlowCache(start, scored.table[0], scored.mixture, self.settings)
+        for stop in range(first, len(past) + 1):
+            if self.slow and self.past is not None:
+                self.slow.reveal(int(past[stop - 1]), stop - 2)
+            self.past = past[:stop]
+            row = self.neural.row(self.past)
+            row = self.slow.predict(self.past, row) if self.slow else np.exp(row)
+        return row
+
+
+def frequencies(row: np.ndarray) -> np.ndarray:
+    """Return how often each token would occur among 2^24, (V,) int64: at least once, in proportion to `row`.
+
+    The one place where a probability becomes an integer; encoder and decoder both call it."""
+    if not (np.isfinite(row).all() and row.min() >= 0):
+        raise AuditError("a distribution is negative, infinite or no number; mend the scorer")
+    return (row * (2**FREQUENCY_BITS - len(row))).astype(np.int64) + 1
+
+
+class RangeEncoder:
+    """Range coder on integers, 64 bits of state, with carries (Martin 1979)."""
+
+    def __init__(self) -> None:
+        self.low, self.range, self.bytes = 0, 2**64 - 1, bytearray()
+
+    def encode(self, counts: np.ndarray, token: int) -> None:
+        """Code `token`, whose part of the range is counts[token] of counts.sum()."""
+        unit = self.range // int(counts.sum())
+        self.low, self.range = self.low + unit * int(counts[:token].sum()), unit * int(counts[token])
+        if self.low >> 64:
+            place = len(self.bytes.rstrip(b"\xff")) - 1
+            self.bytes[place:] = bytes([self.bytes[place] + 1]).ljust(len(self.bytes) - place, b"\0")
+        while self.range < 2**56:
+            self.bytes.append(self.low >> 56 & 255)
+            self.low, self.range = self.low << 8, self.range << 8
+        self.low &= 2**64 - 1
+
+    def finish(self) -> bytes:
+        """Return all that was coded."""
+        return bytes(self.bytes) + self.low.to_bytes(8, "big")
+
+
+class RangeDecoder:
+    """What `RangeEncoder` coded, token by token; behind the end of the data it reads zeros."""
+
+    def __init__(self, data: bytes) -> None:
+        self.rest, self.range = iter(data[8:]), 2**64 - 1
+        self.code = int.from_bytes(data[:8].ljust(8, b"\0"), "big")
+
+    def decode(self, counts: np.ndarray) -> int:
+        """Return the next token; `counts` are what the encoder had."""
+        ends = counts.cumsum()
+        unit = self.range // int(ends[-1])
+        token = min(int(np.searchsorted(ends, self.code // unit, side="right")), len(counts) - 1)
+        self.code, self.range = self.code - unit * int(ends[token] - counts[token]), unit * int(counts[token])
+        while self.range < 2**56:
+            self.code, self.range = self.code << 8 | next(self.rest, 0), self.range << 8
+        return token
+
+
+def encode_targets(scorer, tokens: np.ndarray, targets, bar=None) -> tuple[bytes, np.ndarray]:
+    """Code `targets` of `tokens`; return the bytes, and of each row its sum and the target's part, (n, 2)."""
+    encoder, seen = RangeEncoder(), []
+    for target in targets:
+        row, token = scorer.predict(tokens[: target + 1]), int(tokens[target + 1])
+        encoder.encode(frequencies(row), token)
+        seen.append((row.sum(), row[token]))
+        _ = bar and bar.update()
+    return encoder.finish(), np.array(seen).reshape(-1, 2)
+
+
+def decode_targets(scorer, tokens: np.ndarray, targets, data: bytes, bar=None) -> None:
+    """Fill `targets` into `tokens`, in place, one after the other; `scorer` sees those before."""
+    decoder = RangeDecoder(data)
+    for target in targets:
+        tokens[target + 1] = decoder.decode(frequencies(scorer.predict(tokens[: target + 1])))
+        _ = bar and bar.update()
+
+
+def compress(data: bytes, scorer: Scorer, tokenizer: Tokenizer, artifact: str) -> bytes:
+    """Return `data` as a file that only the artifact of this SHA-256 opens; its targets follow a marker."""
+    tokens = np.array([MARKER_ID, *tokenizer.encode(data)], dtype=np.uint16)
+    with scorer.process.progress(len(tokens) - 1, "compress") as bar:
+        coded, _ = encode_targets(scorer, tokens, range(len(tokens) - 1), bar)
+    sizes = (bytes.fromhex(artifact), len(tokens) - 1, len(data), hashlib.sha256(data).digest())
+    body = CODEC_PREFIX.pack(CODEC_MAGIC, CODEC_VERSION, *sizes) + coded
+    return body + hashlib.sha256(body).digest()
+
+
+def decompress(packed: bytes, scorer: Scorer, tokenizer: Tokenizer, artifact: str) -> bytes:
+    """Return what `compress` was given; raises ValueError where file and artifact do not go together."""
+    intact = packed.startswith(CODEC_MAGIC) and len(packed) >= CODEC_PREFIX.size + 32
+    require(intact, "it is not a file that CODEC=compress wrote")
+    require(hashlib.sha256(packed[:-32]).digest() == packed[-32:], "it is truncated or altered")
+    _, version, named, count, size, sha256 = CODEC_PREFIX.unpack_from(packed)
+    require(version == CODEC_VERSION, f"format version {version}, this script reads version {CODEC_VERSION}")
+    require(named.hex() == artifact, f"it was made with artifact {named.hex()}, this one is {artifact}")
+    require(count <= size, f"its header claims {count} tokens for {size} bytes")
+    tokens = np.full(count + 1, MARKER_ID, dtype=np.uint16)
+    with scorer.process.progress(count, "decompress") as bar:
+        decode_targets(scorer, tokens, range(count), packed[CODEC_PREFIX.size : -32], bar)
+    data = tokenizer.decode(tokens[1:].tolist())
+    require(hashlib.sha256(data).digest() == sha256, "it decodes to something else on this machine")
+    return data
+
+
+def deviation(got: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest difference; infinite where shapes differ or a number is none."""
+    same = got.shape == expected.shape and np.isfinite(got).all()
+    return float(np.abs(got - expected).max(initial=0.0)) if same else math.inf
+
+
+def audit_spans(scorer, decoder, tokens: np.ndarray, prices: np.ndarray, spans) -> tuple[dict, list[bytes]]:
+    """Return condition -> [deviation, tolerance], and the receipt of each span: its targets, coded.
+
+    `prices` (N,) in nats are what the ledger took in. Both scorers are seen through `predict` alone."""
+    found = dict.fromkeys(("normalised", "fast is slow", "decodes", "coded size"), 0.0)
+    coded = []
+    for targets in spans:
+        data, seen = encode_targets(scorer, tokens, targets)
+        ledger_bits = -float(prices[targets].sum()) / math.log(2)
+        decoded = tokens.copy()
+        decoded[np.add(targets, 1)] = MARKER_ID
+        decode_targets(decoder, decoded, targets, data)
+        excess = abs(8 * len(data) - ledger_bits) - 0.001 * ledger_bits - 128
+        values = (
+            deviation(seen[:, 0], np.ones(len(seen))),
+            deviation(np.log(seen[:, 1]), prices[targets]),
+            float((decoded != tokens).sum()),
+            max(excess, 0.0),
+        )
+        found = {name: max(found[name], value) for name, value in zip(found, values, strict=True)}
+        coded.append(data)
+    tolerances = (1e-9, 1e-5, 0.0, 0.0)
+    return {name: [found[name], most] for name, most in zip(found, tolerances, strict=True)}, coded
+
+
+def audit_scorer(scorer, decoder, tokens: np.ndarray, prices: np.ndarray, spans) -> tuple[dict, list[bytes]]:
+    """Return what `audit_spans` does, and whether prices of the first targets know of those to come."""
+    head, random, changes = tokens[: AUDIT_HEAD + 1], np.random.default_rng(0), [0.0]
+    vocab_size, again = len(scorer.predict(tokens[:1])), scorer.prices(head)
+    for target in random.integers(len(head) - 1, size=FLIPS).tolist():
+        altered = head.astype(np.int64)
+        altered[target + 1 :] += random.integers(1, vocab_size, len(head) - 1 - target)
+        flipped = scorer.prices((altered % vocab_size).astype(head.dtype))
+        changes.append(deviation(flipped[:target], again[:target]))
+    found, coded = audit_spans(scorer, decoder, tokens, prices, spans)
+    found["causal"] = [max(changes), 1e-6]
+    found["prefix"] = [deviation(again, prices[: len(head) - 1]), 1e-5]
+    found["coverage"] = [float(abs(len(prices) - len(tokens) + 1) + (~np.isfinite(prices)).sum()), 0.0]
+    return found, coded
+
+
+# ============================================================================================================
+# 13 RUN. In: the environment. Out: a run folder (run.log, metrics.jsonl, result.json, artifact.bin), one
 # last line, an exit code. The steps hand over small results: train -> weights -> artifact file -> evaluate.
 # What is scored is always the file read back from disk.
 # ============================================================================================================

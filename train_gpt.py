@@ -44,6 +44,7 @@ import dataclasses
 import difflib
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import math
@@ -56,6 +57,7 @@ import struct
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -218,6 +220,12 @@ class Settings:
     run_id: str = setting("", "name of the run; empty: recipe, seed and time of start")
     run_dir: str = setting("", "folder for log, metrics, result and artifact; empty: runs/<RUN_ID>")
     eval_only: str = setting("", "artifact to score instead of training one")
+    audit: bool = setting(True, "prove that the score is a code length, into audit.json")
+    audit_target: str = setting("", "recorded distributions of another evaluator, to audit instead")
+    codec: str = choice("none compress decompress", "turn INPUT into OUTPUT by ARTIFACT instead")
+    artifact: str = setting("", "artifact of CODEC")
+    input: str = setting("", "file that CODEC reads")
+    output: str = setting("", "file that CODEC writes")
     seed: int = setting(1337, "seed of every random number", 0, 2**31 - 1)
     compile: str = choice("auto 0 1", "torch.compile; auto: on CUDA only")
     attention: str = choice("auto sdpa fa3 fa4", "attention kernel")
@@ -367,7 +375,9 @@ class Settings:
             self.micro_batch_slots * self.train_seq_len,
             self.micro_batch_slots * self.window,
         )
-        ragged = not s.eval_only and s.train_batch_tokens % row
+        ragged = not (s.eval_only or s.artifact) and s.train_batch_tokens % row
+        files = {"ARTIFACT": s.artifact, "INPUT": s.input, "OUTPUT": s.output}
+        missing = ", ".join(name for name in files if s.codec != "none" and not files[name])
         rotary = s.rope_dims % 2 or s.rope_dims > s.head_dim
         qat = re.fullmatch(r"off|step0|(scale|time):(0\.\d+|1)", s.qat_start)
         no_ema = not s.ema_decay and (s.average == "mean" or s.swa_source == "ema")
@@ -376,6 +386,7 @@ class Settings:
         last = max(s.value_layers, default=0)
         gated = s.pseudo == "pr834" or bool(s.eval_only and s.gate_head)
         for name, broken, rule, number in (
+            ("CODEC", missing, "given", missing),
             ("MODEL_DIM", s.model_dim % s.num_heads, "a multiple of NUM_HEADS", s.num_heads),
             ("NUM_HEADS", s.num_heads % s.num_kv_heads, "a multiple of NUM_KV_HEADS", s.num_kv_heads),
             ("MODEL_DIM", s.head_dim % 2, "an even multiple of NUM_HEADS", s.num_heads),
@@ -540,7 +551,7 @@ class Log:
     """Lines for people (console and run.log) and one JSON object per event (metrics.jsonl); rank 0 only."""
 
     def __init__(self, process: Process, run_dir: Path) -> None:
-        names = ("run.log", "metrics.jsonl") if process.is_main else ()
+        self.folder, names = run_dir, ("run.log", "metrics.jsonl") if process.is_main else ()
         if names:
             run_dir.mkdir(parents=True, exist_ok=True)
         self.files = [open(run_dir / name, "w", encoding="utf-8", buffering=1) for name in names]
@@ -2687,15 +2698,11 @@ class SlowCache:
 class Scorer:
     """The run's scorer: all prices of a stream at once, or one distribution after the other."""
 
-    def __init__(self, model: GPT, settings: Settings, process: Process, logits=None) -> None:
-        """`logits`: `model.logits`, perhaps compiled, for the fast path."""
-        self.model, self.settings, self.process, self.logits = (
-            model,
-            settings,
-            process,
-            logits or model.logits,
-        )
-        self.past = self.slow = self.table = None  # `table`: neural prices of the targets scored before
+    def __init__(self, model: GPT, settings: Settings, process: Process, logits=None, table=None) -> None:
+        """`logits`: `model.logits`, perhaps compiled, for the fast path; `table`: columns of a Scored."""
+        self.model, self.settings, self.process = model, settings, process
+        self.logits = logits or model.logits
+        self.table, self.past, self.slow, self.neural = table, None, None, None
 
     def score(self, tokens: np.ndarray, table: Tensor | None = None, beside: int = 0) -> Scored:
         """Score all targets of `tokens` (N + 1,) on all ranks; `table`: what the neural model said of them.
@@ -2812,7 +2819,7 @@ def decode_targets(scorer, tokens: np.ndarray, targets, data: bytes, bar=None) -
         _ = bar and bar.update()
 
 
-def compress(data: bytes, scorer: Scorer, tokenizer: Tokenizer, artifact: str) -> bytes:
+def compress_text(data: bytes, scorer: Scorer, tokenizer: Tokenizer, artifact: str) -> bytes:
     """Return `data` as a file that only the artifact of this SHA-256 opens; its targets follow a marker."""
     tokens = np.array([MARKER_ID, *tokenizer.encode(data)], dtype=np.uint16)
     with scorer.process.progress(len(tokens) - 1, "compress") as bar:
@@ -2822,8 +2829,8 @@ def compress(data: bytes, scorer: Scorer, tokenizer: Tokenizer, artifact: str) -
     return body + hashlib.sha256(body).digest()
 
 
-def decompress(packed: bytes, scorer: Scorer, tokenizer: Tokenizer, artifact: str) -> bytes:
-    """Return what `compress` was given; raises ValueError where file and artifact do not go together."""
+def decompress_text(packed: bytes, scorer: Scorer, tokenizer: Tokenizer, artifact: str) -> bytes:
+    """Return what `compress_text` was given; raises ValueError where file and artifact do not go together."""
     intact = packed.startswith(CODEC_MAGIC) and len(packed) >= CODEC_PREFIX.size + 32
     require(intact, "it is not a file that CODEC=compress wrote")
     require(hashlib.sha256(packed[:-32]).digest() == packed[-32:], "it is truncated or altered")
@@ -2867,7 +2874,8 @@ def audit_spans(scorer, decoder, tokens: np.ndarray, prices: np.ndarray, spans) 
         found = {name: max(found[name], value) for name, value in zip(found, values, strict=True)}
         coded.append(data)
     tolerances = (1e-9, 1e-5, 0.0, 0.0)
-    return {name: [found[name], most] for name, most in zip(found, tolerances, strict=True)}, coded
+    checked = {name: [found[name], most] for name, most in zip(found, tolerances, strict=True)}
+    return checked | {"coverage": [deviation(prices, prices[: len(tokens) - 1]), 0.0]}, coded
 
 
 def audit_scorer(scorer, decoder, tokens: np.ndarray, prices: np.ndarray, spans) -> tuple[dict, list[bytes]]:
@@ -2882,8 +2890,143 @@ def audit_scorer(scorer, decoder, tokens: np.ndarray, prices: np.ndarray, spans)
     found, coded = audit_spans(scorer, decoder, tokens, prices, spans)
     found["causal"] = [max(changes), 1e-6]
     found["prefix"] = [deviation(again, prices[: len(head) - 1]), 1e-5]
-    found["coverage"] = [float(abs(len(prices) - len(tokens) + 1) + (~np.isfinite(prices)).sum()), 0.0]
     return found, coded
+
+
+class Recorded(NamedTuple):
+    """Somebody else's evaluator, as recorded at some targets."""
+
+    targets: np.ndarray  # (M,) ascending
+    logp: np.ndarray  # (M, V) log-probabilities of the whole vocabulary, nats
+
+    def predict(self, past: np.ndarray) -> np.ndarray:
+        """Return the distribution (V,) that was recorded for the target after `past`."""
+        return np.exp(self.logp[np.searchsorted(self.targets, len(past) - 1)].astype(np.float64))
+
+
+def audit_recorded(settings: Settings) -> dict[str, list[float]]:
+    """Return condition -> [deviation, tolerance] of AUDIT_TARGET, an .npz file; raises DataError.
+
+    It holds tokens (N + 1,), prices (N,) in nats and bytes (N,) of all targets, val_bpb (), and, of some
+    targets (M,), counted from 0 and ascending, logp (M, V)."""
+    try:
+        with np.load(settings.audit_target) as file:
+            names = ("tokens", "prices", "bytes", "targets", "logp", "val_bpb")
+            tokens, prices, size, targets, logp, val_bpb = (file[name] for name in names)
+        recorded = Recorded(targets, logp)
+        found, _ = audit_spans(recorded, recorded, tokens, prices, [targets])
+    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"AUDIT_TARGET={settings.audit_target}: {error}; the README describes the file"
+        ) from error
+    found["normalised"][1] = 1e-6  # of rows in float32
+    tokenizer = Tokenizer.load(Path(settings.tokenizer_path))
+    tables = [tokenizer.byte_table(exact).lengths(tokens[:-1], tokens[1:]).sum() for exact in (True, False)]
+    found["bytes"] = [float(min(abs(int(size.sum()) - int(table)) for table in tables)), 0.0]
+    found["ledger"] = [
+        abs(bits_per_byte(-prices.astype(np.float64).sum(), size.sum()) - float(val_bpb)),
+        1e-6,
+    ]
+    return found
+
+
+def load_model(artifact: Artifact, settings: Settings, process: Process) -> GPT:
+    """Return a fresh model with the shape and the weights of `artifact`, on the device."""
+    shape = {name: artifact.settings[name] for name in settings.stored_values(("shape",))}
+    model = GPT(dataclasses.replace(settings, mtp_num_heads=0, **shape)).to(process.device)
+    model.load_state_dict(artifact.weights)
+    return model
+
+
+def documents(tokens: np.ndarray) -> set[bytes]:
+    """Return the documents of a shard, each from its marker on."""
+    return {part.tobytes() for part in np.split(tokens, np.flatnonzero(tokens == MARKER_ID)) if len(part) > 1}
+
+
+def audit_data(dataset: Dataset, score: Score, folder: Path) -> dict[str, list[float]]:
+    """Return condition -> [deviation, tolerance] of the bytes and documents of the validation split."""
+    pieces = [dataset.tokenizer.pieces[token] for token in dataset.val_tokens.tolist()]
+    size, found = sum(map(len, pieces[1:])), {}
+    if dataset.manifest is None:  # a space behind a marker is free in the contest
+        pairs = itertools.pairwise(pieces)
+        size -= sum(now.startswith(b" ") and not before for before, now in pairs)
+    else:
+        shared = [
+            documents(dataset.val_tokens) & documents(open_shard(p)) for p in folder.glob("*_train_*.bin")
+        ]
+        found["disjoint"] = [float(sum(map(len, shared))), 0.0]
+    return found | {"bytes": [float(abs(size - score.bytes)), 0.0]}
+
+
+def audit_report(found: dict[str, list[float]], run_dir: Path, log: Log, clock: Clock, **more) -> str:
+    """Write audit.json; return the conditions that are broken, as text."""
+    broken = [name for name, (value, most) in found.items() if not value <= most]
+    conditions = {n: {"deviation": value, "tolerance": most} for n, (value, most) in found.items()}
+    clock.stop()
+    seconds = clock.total_ms / 1000
+    report = {"passed": not broken, "broken": broken, "seconds": seconds, "conditions": conditions, **more}
+    write_atomically(run_dir / "audit.json", (json.dumps(report, indent=2) + "\n").encode())
+    verdict = f"broken: {', '.join(broken)}" if broken else "all hold"
+    log.event("audit", f"audit: {len(found)} conditions, {verdict} seconds:{seconds:.1f}", **report)
+    return ", ".join(f"{name} is off by {found[name][0]:.3g} (at most {found[name][1]:g})" for name in broken)
+
+
+def audit_run(scorer: Scorer, scored: Scored, score: Score, path: Path, dataset: Dataset, log: Log) -> str:
+    """Prove on the artifact at `path` that `score` is a code length; return what is broken, "" if nothing is.
+
+    Writes audit.json and receipt.bin beside each other. Two fresh scorers of the file on disk take the parts
+    of encoder and decoder; of the run they get the neural prices of targets before the late span alone."""
+    s, tokens, clock = scorer.settings, dataset.val_tokens, Clock(scorer.process)
+    clock.start()
+    artifact, alone = read_artifact(path), Process(0, 1, scorer.process.device)
+    model, prices = load_model(artifact, s, alone), scored.mixture.logp.cpu().numpy()
+    total = len(tokens) - 1
+    begins = [begin for begin, _ in plan_chunks(total, s.cache_chunk_tokens)]
+    border = next((b for b in begins if b >= 2 * total // 3 + LATE_TARGETS // 2), total)
+    late = max(border - LATE_TARGETS // 2, min(HEAD_TARGETS, total))
+    spans = [range(min(HEAD_TARGETS, total)), range(late, min(late + LATE_TARGETS, total))]
+    spread = [range(b, b + 1) for b in begins[:: len(begins) // AUDIT_SPREAD + 1] if b < late]
+
+    def fresh(logits=None, table=None, **changes: object) -> Scorer:
+        return Scorer(model, dataclasses.replace(s, **changes), alone, logits, table)
+
+    before = scored.table[:, :late]
+    found, coded = audit_scorer(fresh(table=before), fresh(table=before), tokens, prices, spans + spread)
+    flat = fresh(lambda ids, last: ids.new_zeros((len(ids), last, s.vocab_size)).float(), ngram_cache="none")
+    head = tokens[: AUDIT_HEAD + 1]
+    uniform = np.full(len(head) - 1, -math.log(s.vocab_size))
+    closed, neural = (fresh(**change).prices(head) for change in ({"cache_lr": 0.0}, {"ngram_cache": "none"}))
+    found["gate closed"] = [deviation(closed, neural), 0.0]
+    found["uniform"] = [deviation(flat.prices(head), uniform), 1e-6]
+    found["ledger"] = [abs(score.val_loss + float(prices.astype(np.float64).sum()) / score.tokens), 1e-6]
+    found["artifact"] = [float(file_sha256(path) != artifact.sha256), 0.0]
+    found |= audit_data(dataset, score, Path(s.data_path))
+    write_atomically(log.folder / "receipt.bin", b"".join(coded[: len(spans)]))
+    sizes = [
+        {"first": span.start, "targets": len(span), "bytes": len(data)}
+        for span, data in zip(spans, coded, strict=False)
+    ]
+    return audit_report(found, log.folder, log, clock, receipt=sizes)
+
+
+def run_codec(settings: Settings, process: Process, artifact: Artifact) -> None:
+    """Compress or decompress INPUT to OUTPUT with `artifact`; on one thread, for the same bits anywhere."""
+    torch.set_num_threads(1)
+    tokenizer = artifact.tokenizer or Tokenizer.load(Path(settings.tokenizer_path))
+    if tokenizer.sha256 != artifact.tokenizer_sha256:
+        raise DataError(f"TOKENIZER_PATH={settings.tokenizer_path} is not the artifact's tokenizer; set that")
+    scorer, start = Scorer(load_model(artifact, settings, process), settings, process), time.perf_counter()
+    code = {"compress": compress_text, "decompress": decompress_text}[settings.codec]
+    try:
+        data = Path(settings.input).read_bytes()
+        result = code(data, scorer, tokenizer, artifact.sha256)
+    except ValueError as error:
+        raise DataError(f"INPUT={settings.input}: {error}; name another file or artifact") from error
+    write_atomically(Path(settings.output), result)
+    packed, raw = sorted((data, result), key=lambda text: not text.startswith(CODEC_MAGIC))
+    seconds = time.perf_counter() - start
+    line = f"{settings.codec}: {len(raw)} bytes of text, {len(packed)} coded, seconds:{seconds:.1f}"
+    print(f"{line} bits_per_byte:{8 * len(packed) / max(len(raw), 1):.4f}")
 
 
 # ============================================================================================================
@@ -3083,57 +3226,54 @@ def log_cache(neural: Tensor, mixture: Mixture, dataset: Dataset, log: Log) -> d
     return numbers
 
 
-def score_final(
-    logits, dataset: Dataset, settings: Settings, process: Process, log: Log, clock: Clock
-) -> dict[str, object]:
-    """Score the validation split with the neural model and, if it is on, the exact cache; return all numbers.
+def score_final(scorer: Scorer, dataset: Dataset, log: Log, clock: Clock) -> tuple[Scored, Score, dict]:
+    """Score the validation split with the neural model and, if it is on, the exact cache.
 
-    Counting needs only tokens and comes first: what it expects, the model prices as well. Rank 0 mixes, so
-    the score does not depend on the number of ranks. A pseudo-score goes to the log only."""
-    tokens, numbers, gates = dataset.val_tokens, {}, GATES * settings.gate_head
-    ids = torch.from_numpy(tokens.astype(np.int32)).to(process.device)
-    known = recall(ids, settings) if settings.ngram_cache == "exact" else None
-    proposals = known.proposals if known else ids.new_empty((0, len(ids) - 1))
-    chunks = list(score_stream(logits, tokens, settings, settings.eval_stride, process, "score", proposals))
-    final = account(chunks, dataset, process)
-    logp, entropy, *beside = hand_over(chunks, len(ids) - 1, len(proposals) + gates, process)
-    if known:
-        mixture = Mixture(torch.zeros_like(logp), {})
-        if process.is_main:
-            mixture = mix_prices(ids, known, logp, entropy, torch.stack(beside[: len(proposals)]), settings)
-        prices = process.sum(mixture.logp)
-        priced = (chunk._replace(logp=prices.index_select(0, chunk.positions)) for chunk in chunks)
-        final = account(priced, dataset, process)
+    Returns the scored stream, its account and all numbers. A pseudo-score goes to the log only."""
+    settings, process, numbers = scorer.settings, scorer.process, {}
+    gates = GATES * settings.gate_head
+    scored = scorer.score(dataset.val_tokens, beside=gates)
+    logp, entropy, prices = scored.table[0], scored.table[1], scored.mixture.logp
+    priced = (chunk._replace(logp=prices.index_select(0, chunk.positions)) for chunk in scored.chunks)
+    final = account(priced, dataset, process)
     clock.stop()  # what follows describes the score, or is none
-    if known and process.is_main:
-        numbers = log_cache(logp, mixture, dataset, log)
+    if settings.ngram_cache == "exact" and process.is_main:
+        numbers = log_cache(logp, scored.mixture, dataset, log)
     line = f"final_score: window:{settings.window} stride:{settings.eval_stride} tokens:{final.tokens}"
     line += f" bytes:{final.bytes} val_loss:{final.val_loss:.8f} val_bpb:{final.val_bpb:.8f}"
     log.event("score", f"{line} eval_time:{clock.total_ms:.0f}ms", **final._asdict())
     if settings.pseudo != "none":
-        at, peeks = pseudo_targets(len(ids) - 1, settings), PSEUDO_RULES[settings.pseudo].peeks
-        rows = score_sample(logits, tokens, at, settings, process) if peeks else None
+        tokens = dataset.val_tokens
+        at, peeks = pseudo_targets(len(tokens) - 1, settings), PSEUDO_RULES[settings.pseudo].peeks
+        rows = score_sample(scorer.logits, tokens, at, settings, process) if peeks else None
         if process.is_main:
-            gate_logits = torch.stack(beside[-gates:], dim=1) if gates else None
-            streams = (ids, logp, entropy, dataset.target_bytes)
+            gate_logits = scored.table[-gates:].t() if gates else None
+            streams = (tokens, logp, entropy, dataset.target_bytes)
             line, pseudo = pseudo_report(*streams, settings, rows, gate_logits)
             log.event("pseudo", line, **pseudo)
-    return {**final._asdict(), **numbers}
+    return scored, final, {**final._asdict(), **numbers}
 
 
 def evaluate(
-    artifact: Artifact, dataset: Dataset, settings: Settings, process: Process, log: Log, compiled: bool
+    artifact: Artifact,
+    dataset: Dataset,
+    settings: Settings,
+    process: Process,
+    log: Log,
+    compiled: bool,
+    path: Path,
 ) -> dict[str, object]:
     """Score the validation split with a fresh model of the artifact's weights; return the final numbers."""
     clock = Clock(process)
     clock.start()
-    shape = {name: artifact.settings[name] for name in settings.stored_values(("shape",))}
-    model = GPT(dataclasses.replace(settings, mtp_num_heads=0, **shape)).to(process.device)
-    model.load_state_dict(artifact.weights)
+    model = load_model(artifact, settings, process)
     body = model.gated_logits if settings.gate_head else model.logits
-    logits = torch.compile(body, dynamic=False) if compiled else body
-    final = score_final(logits, dataset, settings, process, log, clock)
+    scorer = Scorer(model, settings, process, torch.compile(body, dynamic=False) if compiled else body)
+    scored, score, final = score_final(scorer, dataset, log, clock)
     reference = {"xz_bpb": xz_bits_per_byte(dataset, log)} if process.is_main else {}
+    if settings.audit and process.is_main:
+        reference["audit"] = audit_run(scorer, scored, score, path, dataset, log)
+    process.agree(0.0, None)
     return {**final, "eval_seconds": clock.total_ms / 1000, **reference}
 
 
@@ -3199,7 +3339,7 @@ def run(
     sizes = {"artifact_bytes": artifact.size, "code_bytes": code, "total_bytes": artifact.size + code}
     line = f"weights:{artifact.size} code:{code} total:{sizes['total_bytes']} limit:{limit} bytes"
     log.event("artifact", f"artifact:{path} {line}", **sizes)
-    final = evaluate(artifact, dataset, settings, process, log, compiled)
+    final = evaluate(artifact, dataset, settings, process, log, compiled, path)
     hashes = {**dataset.hashes, "artifact_sha256": artifact.sha256, "script_sha256": script_sha256}
     result = {**final, **numbers, **sizes, "hashes": hashes}
     seconds = f"train_seconds:{result['train_seconds']:.1f} eval_seconds:{result['eval_seconds']:.1f}"
@@ -3240,6 +3380,8 @@ def run_and_record(settings: Settings, process: Process, notes: list[str], artif
         if (total := record["total_bytes"]) > (limit := settings.artifact_limit_bytes):
             text = f"{total} bytes of code and weights, over ARTIFACT_LIMIT_BYTES={limit}"
             raise SizeError(f"{text}; shrink it")
+        if broken := record.get("audit"):
+            raise AuditError(f"the score is not proven: {broken}; see audit.json")
     except BaseException as error:
         record["exit_code"], record["error"] = failure_of(error)
         if record["exit_code"] == 1:
@@ -3258,10 +3400,16 @@ def main(environment: Mapping[str, str]) -> int:
         mapping["RECIPE"] = "cpu"
         notes.append("RECIPE is not set and there is no CUDA device: RECIPE=cpu")
     try:
-        artifact = read_artifact(Path(mapping["EVAL_ONLY"])) if mapping.get("EVAL_ONLY") else None
+        path = mapping.get("EVAL_ONLY") or mapping.get("ARTIFACT")
+        artifact = read_artifact(Path(path)) if path else None
         settings = Settings.from_env(mapping, artifact.settings if artifact else None)
         with open_process(mapping, settings) as process:
-            code = run_and_record(settings, process, notes, artifact)
+            codec = settings.codec != "none"
+            code = (
+                (run_codec(settings, process, artifact) or 0)
+                if codec
+                else run_and_record(settings, process, notes, artifact)
+            )
     except (RunError, OSError, KeyboardInterrupt) as error:
         code, message = failure_of(error)
         if is_main:

@@ -26,6 +26,7 @@ Launch:
     torchrun --standalone --nproc_per_node=8 train_gpt.py         8 GPUs, the contest's baseline
     SEED=2 MATRIX_LR=0.03 torchrun ... train_gpt.py               every setting is an environment variable
     EVAL_ONLY=runs/<RUN_ID>/artifact.bin python train_gpt.py      score an existing artifact
+    CODEC=compress ARTIFACT=<artifact> INPUT=<file> OUTPUT=<file> python train_gpt.py
 
 The last line of every complete run:
 
@@ -33,7 +34,7 @@ The last line of every complete run:
 
 Units: logarithms are natural inside (nats), base 2 in reports (bits per byte of raw UTF-8 text); sizes are
 bytes, 1 MB = 1,000,000 bytes. Training runs in the precision of the hardware, accounting in float64.
-Exit codes: 0 done, 2 setting, 3 artifact over the limit, 5 bad input file or data, 6 non-finite loss,
+Exit codes: 0 done, 2 setting, 3 artifact over the limit, 4 audit, 5 bad input file or data, 6 non-finite loss,
 130 and 143 interrupted by SIGINT and SIGTERM.
 """
 

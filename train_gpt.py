@@ -18,7 +18,8 @@ One file, read from top to bottom; every section uses only what stands above it.
     9  EXACT COUNTS                tokens                    Recall: what was seen before each target
     10  MIXTURE                    ScoredChunks, Recall      prices of the mixture -> val_bpb
     11  HASHED PSEUDO-SCORES       recorded stream           figures that are no scores
-    12  RUN                        all of the above          run folder, exit code
+    12  AUDIT AND CODEC            scorer, or a file         audit.json, receipt.bin; a file coded and back
+    13  RUN                        all of the above          run folder, exit code
 
 Launch:
 

@@ -1,4 +1,4 @@
-"""RUN: everything end to end, in this process and under torchrun. Run alone: pytest tests/test_12_run.py"""
+"""RUN: everything end to end, in this process and under torchrun. Run alone: pytest tests/test_13_run.py"""
 
 import json
 import math

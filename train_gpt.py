@@ -1017,10 +1017,7 @@ def bigram_indices(ids: Tensor, rows: int, form: str) -> Tensor:
 
 
 def parameter_role(name: str, parameter: Tensor) -> str:
-    """Return "embedding", "head", "lookup", "projection", "matrix" or "scalar".
-
-    A lookup is a table of bigrams or values, its projection follows it. Optimizer groups, initial values and
-    bit widths all go by the role."""
+    """Return "embedding", "head", "lookup" (another table), "projection" (of one), "matrix" or "scalar"."""
     if parameter.ndim != 2 or not name.endswith(".weight") or "gate" in name:
         return "scalar"
     first, part = name.split(".")[0], name.split(".")[-2]
@@ -1200,8 +1197,7 @@ def select_attention(settings: Settings, process: Process, log: Log) -> None:
 def learning_rate_scale(step: int, elapsed_ms: float, settings: Settings, before_ms: float = 0.0) -> float:
     """Return the factor on every learning rate: 1, then linear to 0 over the last WARMDOWN_ITERS steps.
 
-    A wall-clock limit counts in milliseconds, a step as the mean of those so far (parameter-golf baseline),
-    without the `before_ms` that the clock had counted before the first."""
+    Under a wall-clock limit in ms, a step being the mean so far (parameter-golf), `before_ms` not counted."""
     remaining, warmdown = settings.iterations - step, settings.warmdown_iters
     if settings.max_wallclock_seconds:
         remaining = 1000.0 * settings.max_wallclock_seconds - elapsed_ms
@@ -1260,10 +1256,9 @@ class Muon:
     """Momentum, Newton-Schulz, update; matrices of one shape go as one batch, shared out over the ranks.
 
     Update: buffer = momentum * buffer + gradient; u = orthogonalize(gradient + momentum * buffer);
-    p = (1 - lr * decay) * p - lr * sqrt(max(1, rows / columns)) * u (Keller Jordan's Muon). Each rank
-    orthogonalizes its own slice of every bank. Sums of gradients run while AdamW steps (unless it needs the
-    clipping norm), a bank's updates travel while the other banks are worked on. PARALLEL_MUON (#864) gives
-    each rank its slice of the sums alone."""
+    p = (1 - lr * decay) * p - lr * sqrt(max(1, rows / columns)) * u (Keller Jordan's Muon). Sums of gradients
+    run while AdamW steps (unless it needs the clipping norm), updates travel while other banks are worked on.
+    PARALLEL_MUON (#864) gives each rank its slice of the sums alone."""
 
     def __init__(self, matrices: list[nn.Parameter], settings: Settings, process: Process) -> None:
         self.settings, self.process, self.banks = settings, process, []
@@ -1323,8 +1318,7 @@ class Optimizers:
 
     def gather(self, model, batches: list[Tensor]) -> Tensor:
         """Fill the gradient buffers from the micro-batches of all ranks; return the mean loss, ()."""
-        for buffer in (self.flat, *(bank.gradient for bank in self.muon.banks)):
-            buffer.zero_()
+        torch._foreach_zero_([self.flat, *(bank.gradient for bank in self.muon.banks)])
         for batch in batches:
             ids = batch.to(self.process.device, non_blocking=True).long()
             with self.process.precision():
@@ -2491,7 +2485,7 @@ class LossWatch:
 
     def push(self, step: int, matrix_lr: float, loss: Tensor) -> None:
         """Queue the loss of `step`, which ran at Muon's rate `matrix_lr`; read those that are old enough."""
-        copy = loss.to("cpu", non_blocking=True)  # into pinned memory
+        copy = loss.to("cpu", non_blocking=True)  # pinned memory: the host goes on
         event = torch.cuda.current_stream().record_event() if loss.is_cuda else None
         self.pending.append((step, matrix_lr, copy, event))
         self.drain(LOSS_LAG_STEPS)
@@ -2628,10 +2622,9 @@ def xz_bits_per_byte(dataset: Dataset, log: Log) -> float | None:
     if dataset.manifest is None or not 0 < int(dataset.target_bytes.sum()) <= RAW_TEXT_LIMIT:
         return None
     text = dataset.tokenizer.decode(dataset.val_tokens.tolist())
-    xz_bpb = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
-    line = f"reference: xz -9e on the same {len(text)} bytes: {xz_bpb:.4f} bpb"
-    log.event("reference", line, xz_bpb=xz_bpb)
-    return xz_bpb
+    bpb = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+    log.event("reference", f"reference: xz -9e on the same {len(text)} bytes: {bpb:.4f} bpb", xz_bpb=bpb)
+    return bpb
 
 
 def log_cache(neural: Tensor, mixture: Mixture, dataset: Dataset, log: Log) -> dict[str, object]:
@@ -2718,47 +2711,35 @@ def log_start(settings: Settings, process: Process, log: Log, script_sha256: str
     log.line(f"world_size:{ranks} grad_accum_steps:{slots // ranks} seed:{settings.seed}")
 
 
-def log_data(settings: Settings, dataset: Dataset, log: Log) -> None:
-    """Log what is trained on, what is scored, and how its bytes are counted."""
-    if stream := dataset.stream:
-        shards = f"train_shards:{len(stream.paths)} tokens:{stream.total}"
-        log.line(f"train_loader:dataset:{settings.data_path} {shards}")
-    log.line(f"val_loader:tokens:{len(dataset.target_bytes)} bytes:{int(dataset.target_bytes.sum())}")
-    rule = "raw bytes, as in the manifest" if dataset.manifest else "the contest's table, no manifest"
-    log.line(f"val_bpb:enabled tokenizer_path={settings.tokenizer_path} bytes:{rule}")
-
-
-def choose_compile(settings: Settings, process: Process) -> bool:
-    """Return whether to compile; raises SettingError where COMPILE=1 asks a CPU without a C++ compiler."""
-    cuda = process.device.type == "cuda"
-    if settings.compile == "1" and not (cuda or any(map(shutil.which, ("c++", "g++", "clang++")))):
-        raise SettingError("COMPILE=1 needs a C++ compiler on a CPU; install g++ or set COMPILE=0")
-    return settings.compile == "1" or (cuda and settings.compile == "auto")
-
-
 def run(settings: Settings, process: Process, run_dir: Path, log: Log, artifact: Artifact | None) -> dict:
     """Do the whole run, or score `artifact` if there is one; return all final numbers. Raises RunError."""
     script, path = Path(__file__), Path(settings.eval_only or run_dir / "artifact.bin")
-    script_sha256 = file_sha256(script)
+    script_sha256, cuda = file_sha256(script), process.device.type == "cuda"
     log_start(settings, process, log, script_sha256)
     dataset = load_dataset(settings, artifact.tokenizer if artifact else None)
-    log_data(settings, dataset, log)
+    if stream := dataset.stream:
+        log.line(f"train_loader:{settings.data_path} shards:{len(stream.paths)} tokens:{stream.total}")
+    log.line(f"val_loader:tokens:{len(dataset.target_bytes)} bytes:{int(dataset.target_bytes.sum())}")
+    rule = "raw bytes, as in the manifest" if dataset.manifest else "the contest's table, no manifest"
+    log.line(f"val_bpb:enabled tokenizer_path={settings.tokenizer_path} bytes:{rule}")
     if settings.pseudo != "none":
         pseudo_rule(settings.pseudo, settings, settings.gate_head)  # refused before the work, or never
     select_attention(settings, process, log)
-    compiled, numbers = choose_compile(settings, process), {"steps": 0, "train_seconds": 0.0}
+    compiled = settings.compile == "1" or (cuda and settings.compile == "auto")
+    if compiled and not cuda and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise SettingError("COMPILE=1 needs a C++ compiler on a CPU; install g++ or set COMPILE=0")
+    numbers: dict[str, object] = {"steps": 0, "train_seconds": 0.0}
     if artifact is None:
         weights, numbers = train(dataset, settings, process, log, compiled)
         artifact = export(weights, dataset, settings, process, path)
     if artifact.tokenizer_sha256 != dataset.tokenizer.sha256:
         raise DataError(f"TOKENIZER_PATH={settings.tokenizer_path}: {path} was made with another; set that")
-    weights, code, limit = artifact.size, script.stat().st_size, settings.artifact_limit_bytes
-    sizes = {"artifact_bytes": weights, "code_bytes": code, "total_bytes": weights + code}
-    line = f"artifact:{path} weights:{weights} code:{code} total:{weights + code} limit:{limit} bytes"
+    size, code, limit = artifact.size, script.stat().st_size, settings.artifact_limit_bytes
+    sizes = {"artifact_bytes": size, "code_bytes": code, "total_bytes": size + code}
+    line = f"artifact:{path} weights:{size} code:{code} total:{size + code} limit:{limit} bytes"
     log.event("artifact", line, **sizes)
     result = evaluate(artifact, dataset, settings, process, log, compiled) | numbers | sizes
-    hashes = {"artifact_sha256": artifact.sha256, "script_sha256": script_sha256}
-    result["hashes"] = dataset.hashes | hashes
+    result["hashes"] = {"artifact_sha256": artifact.sha256, "script_sha256": script_sha256, **dataset.hashes}
     score = "final val_bpb:{val_bpb:.8f} val_loss:{val_loss:.8f} artifact_bytes:{artifact_bytes}"
     seconds = "train_seconds:{train_seconds:.1f} eval_seconds:{eval_seconds:.1f}"
     log.event("result", f"{score} {seconds}".format(**result), **result)

@@ -2775,9 +2775,8 @@ def run_and_record(settings: Settings, process: Process, note: str, artifact: Ar
     try:
         record |= run(settings, process, run_dir, log, artifact)
         if (total := record["total_bytes"]) > (limit := settings.artifact_limit_bytes):
-            raise SizeError(
-                f"{total} bytes of code and weights are over ARTIFACT_LIMIT_BYTES={limit}; shrink"
-            )
+            text = f"{total} bytes of code and weights, over ARTIFACT_LIMIT_BYTES={limit}"
+            raise SizeError(f"{text}; shrink it")
     except BaseException as error:
         record["exit_code"], record["error"] = failure_of(error)
         if record["exit_code"] == 1:

@@ -935,11 +935,9 @@ class Attention(nn.Module):
     def __init__(self, settings: Settings, exclusive: bool) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = settings.num_heads, settings.num_kv_heads
-        self.exclusive, kv_dim = exclusive, settings.num_kv_heads * settings.head_dim
-        self.c_q = nn.Linear(settings.model_dim, settings.model_dim, bias=False)
-        self.c_k = nn.Linear(settings.model_dim, kv_dim, bias=False)
-        self.c_v = nn.Linear(settings.model_dim, kv_dim, bias=False)
-        self.proj = nn.Linear(settings.model_dim, settings.model_dim, bias=False)
+        self.exclusive, D, kv_dim = exclusive, settings.model_dim, settings.num_kv_heads * settings.head_dim
+        layers = (nn.Linear(D, width, bias=False) for width in (D, kv_dim, kv_dim, D))
+        self.c_q, self.c_k, self.c_v, self.proj = layers
         self.q_gain = nn.Parameter(torch.full((settings.num_heads,), settings.qk_gain_init))
         self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) if settings.value_residual else None
         self.attn_gate = gate(settings.model_dim, self.num_heads, 4.0) if settings.gated_attn else None
@@ -985,8 +983,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the MLP branch for x (B, T, D)."""
-        hidden = F.leaky_relu(self.fc(x), self.slope) if self.slope else F.relu(self.fc(x))
-        return self.proj(hidden.square())
+        return self.proj(F.leaky_relu(self.fc(x), self.slope).square())
 
 
 class Block(nn.Module):
@@ -996,12 +993,10 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(settings, layer >= settings.num_layers - settings.xsa_last_n)
         self.mlp = MLP(settings)
-        self.attn_scale = nn.Parameter(torch.ones(settings.model_dim))
-        self.mlp_scale = nn.Parameter(torch.ones(settings.model_dim))
+        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(settings.model_dim)) for _ in range(2))
         self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, settings.model_dim))
-        damping = (layer + 1) ** -0.5
-        self.norm_scale = damping if settings.ln_scale == "norm" else 1.0
-        self.branch_scale = damping if settings.ln_scale == "branch" else 1.0
+        scales = {settings.ln_scale: (layer + 1) ** -0.5}
+        self.norm_scale, self.branch_scale = scales.get("norm", 1.0), scales.get("branch", 1.0)
         self.dtg_gate = gate(settings.model_dim, 1, 2.0) if settings.dtg_enabled else None
 
     def forward(self, x: Tensor, x0: Tensor, *carried: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -1047,10 +1042,7 @@ def bigram_indices(ids: Tensor, rows: int, form: str) -> Tensor:
 
 
 def parameter_role(name: str, parameter: Tensor) -> str:
-    """Return "embedding", "head", "lookup", "projection", "matrix" or "scalar".
-
-    A lookup is a table of bigrams or values, its projection follows it. Optimizer groups, initial values and
-    bit widths all go by the role."""
+    """Return "embedding", "head", "lookup" (another table), "projection" (of one), "matrix" or "scalar"."""
     if parameter.ndim != 2 or not name.endswith(".weight") or "gate" in name:
         return "scalar"
     first, part = name.split(".")[0], name.split(".")[-2]
@@ -1183,10 +1175,10 @@ class GPT(nn.Module):
 
 
 def try_attention_kernel(name: str, settings: Settings, process: Process) -> None:
-    """Switch scaled_dot_product_attention to kernel `name`, compare it with PyTorch's own, raise if it fails.
+    """Switch scaled_dot_product_attention to kernel `name`; raise unless it agrees with PyTorch's own.
 
-    Compares output and gradients of a small causal case of the run's heads in bfloat16. PyTorch prefers cuDNN
-    where it has it, which would hide the flash kernel under test: it is switched off first."""
+    Compared are output and gradients of a small causal case in bfloat16. PyTorch would prefer cuDNN to the
+    kernel under test: it is switched off first."""
     if process.device.type != "cuda":
         raise RuntimeError("there is no CUDA device")
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -1197,14 +1189,14 @@ def try_attention_kernel(name: str, settings: Settings, process: Process) -> Non
 
     def results() -> list[Tensor]:
         output = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=heads[0] != heads[1])
-        return [output, *torch.autograd.grad(output.float().square().sum(), inputs)]
+        gradients = torch.autograd.grad(output.float().square().sum(), inputs)
+        return [tensor.detach().float() for tensor in (output, *gradients)]
 
-    expected = [tensor.detach().float() for tensor in results()]
+    expected = results()
     torch.nn.attention.activate_flash_attention_impl(name.upper())
-    for got, want in zip(results(), expected, strict=True):
-        error = ((got.detach().float() - want).norm() / want.norm()).item()
-        if not error < 0.02:
-            raise RuntimeError(f"differs from PyTorch's kernel by {error:.3g} of its norm")
+    errors = [(got - want).norm() / want.norm() for got, want in zip(results(), expected, strict=True)]
+    if not (error := torch.stack(errors).max()) < 0.02:
+        raise RuntimeError(f"differs from PyTorch's kernel by {error:.3g} of its norm")
 
 
 def select_attention(settings: Settings, process: Process, log: Log) -> None:
@@ -1236,15 +1228,12 @@ def select_attention(settings: Settings, process: Process, log: Log) -> None:
 def learning_rate_scale(step: int, elapsed_ms: float, settings: Settings, before_ms: float = 0.0) -> float:
     """Return the factor on every learning rate: 1, then linear to 0 over the last WARMDOWN_ITERS steps.
 
-    Under a wall-clock limit, steps to come are estimated from the mean step so far (parameter-golf baseline),
-    what the clock said before the first step left out."""
-    if settings.warmdown_iters == 0:
-        return 1.0
-    if settings.max_wallclock_seconds == 0:
-        return min(1.0, max(0.0, (settings.iterations - step) / settings.warmdown_iters))
-    remaining_ms = max(1000.0 * settings.max_wallclock_seconds - elapsed_ms, 0.0)
-    warmdown_ms = settings.warmdown_iters * (elapsed_ms - before_ms) / max(step, 1)
-    return remaining_ms / warmdown_ms if remaining_ms <= warmdown_ms and warmdown_ms > 0 else 1.0
+    Under a wall-clock limit in ms, a step being the mean so far (parameter-golf), `before_ms` not counted."""
+    remaining, warmdown = settings.iterations - step, settings.warmdown_iters
+    if settings.max_wallclock_seconds:
+        remaining = 1000.0 * settings.max_wallclock_seconds - elapsed_ms
+        warmdown *= (elapsed_ms - before_ms) / max(step, 1)
+    return min(1.0, max(0.0, remaining / warmdown)) if warmdown > 0 else 1.0
 
 
 def quantization_starts(step: int, elapsed_ms: float, scale: float, settings: Settings) -> bool:
@@ -1269,9 +1258,8 @@ def orthogonalize(update: Tensor, steps: int) -> Tensor:
     The quintic of Muon ("zeropower_via_newtonschulz5"); singular values end near 1, not at it. bfloat16 on
     CUDA, float32 on CPU, where bfloat16 is slower."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = update.to(torch.bfloat16 if update.is_cuda else torch.float32)
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
+    tall = update.size(-2) > update.size(-1)
+    x = (update.mT if tall else update).to(torch.bfloat16 if update.is_cuda else torch.float32)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -1299,10 +1287,9 @@ class Muon:
     """Momentum, Newton-Schulz, update; matrices of one shape go as one batch, shared out over the ranks.
 
     Update: buffer = momentum * buffer + gradient; u = orthogonalize(gradient + momentum * buffer);
-    p = (1 - lr * decay) * p - lr * sqrt(max(1, rows / columns)) * u (Keller Jordan's Muon). Each rank
-    orthogonalizes its own slice of every bank. Sums of gradients run while AdamW steps (unless it needs the
-    clipping norm), a bank's updates travel while the next bank is worked on. PARALLEL_MUON (#864) gives each
-    rank its slice of the sums alone."""
+    p = (1 - lr * decay) * p - lr * sqrt(max(1, rows / columns)) * u (Keller Jordan's Muon). Sums of gradients
+    run while AdamW steps (unless it needs the clipping norm), updates travel while other banks are worked on.
+    PARALLEL_MUON (#864) gives each rank its slice of the sums alone."""
 
     def __init__(self, matrices: list[nn.Parameter], settings: Settings, process: Process) -> None:
         self.settings, self.process, self.banks = settings, process, []
@@ -1315,42 +1302,26 @@ class Muon:
             for matrix, view in zip(group, gradient, strict=False):
                 matrix.grad = view
 
-    def start_sums(self) -> None:
-        """Start adding the gradients over the ranks, the largest bank first."""
-        for bank in self.banks:
-            bank.arriving.extend(self.process.start_sum(bank.gradient, self.settings.parallel_muon))
-
-    def own_gradients(self) -> list[Tensor]:
-        """Wait for all sums; return this rank's slices of them."""
-        for bank in self.banks:
-            wait(bank.arriving)
-        return [self.process.own(bank.gradient) for bank in self.banks]
-
-    def _apply(self, bank: Bank, lr: float) -> None:
-        """Change the matrices of `bank` by its updates, once they are there."""
-        wait(bank.arriving)
-        rows, columns = bank.matrices[0].shape
-        changes = list(bank.update[: len(bank.matrices)].to(torch.float32).unbind())
-        if self.settings.muon_wd and self.settings.muon_wd_order == "before":
-            torch._foreach_mul_(bank.matrices, 1 - lr * self.settings.muon_wd)
-        torch._foreach_add_(bank.matrices, changes, alpha=-lr * max(1.0, rows / columns) ** 0.5)
-        if self.settings.muon_wd and self.settings.muon_wd_order == "after":
-            torch._foreach_mul_(bank.matrices, 1 - lr * self.settings.muon_wd)
-
     @torch.no_grad()
     def step(self, lr: float, momentum: float) -> None:
         """Update every matrix from its gradient."""
-        for place, bank in enumerate(self.banks):
+        s, decay = self.settings, 1 - lr * self.settings.muon_wd
+        for bank in self.banks:
             wait(bank.arriving)
             gradient = self.process.own(bank.gradient)
             bank.momentum.mul_(momentum).add_(gradient)
             direction = gradient.add(bank.momentum, alpha=momentum)
-            self.process.own(bank.update).copy_(orthogonalize(direction, self.settings.muon_backend_steps))
+            self.process.own(bank.update).copy_(orthogonalize(direction, s.muon_backend_steps))
             bank.arriving.extend(self.process.start_gather(bank.update))
-            if place:
-                self._apply(self.banks[place - 1], lr)
-        for bank in self.banks[-1:]:
-            self._apply(bank, lr)
+        for bank in self.banks:
+            wait(bank.arriving)
+            rows, columns = bank.matrices[0].shape
+            changes = list(bank.update[: len(bank.matrices)].float().unbind())
+            if s.muon_wd and s.muon_wd_order == "before":
+                torch._foreach_mul_(bank.matrices, decay)
+            torch._foreach_add_(bank.matrices, changes, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+            if s.muon_wd and s.muon_wd_order == "after":
+                torch._foreach_mul_(bank.matrices, decay)
 
 
 class Optimizers:
@@ -1368,7 +1339,6 @@ class Optimizers:
         matrices = [p for role in order[: order.index(s.muon_scope) + 1] for p in roles.pop(role)]
         groups = [{"params": roles[role], "base_lr": rates[role]} for role in roles if roles[role]]
         others = [p for group in groups for p in group["params"]]
-        assert sorted(map(id, matrices + others)) == sorted(map(id, model.parameters()))
         sizes = [parameter.numel() for parameter in others]
         self.flat = torch.zeros(sum(sizes) + 1, device=process.device)
         for parameter, view in zip(others, self.flat[:-1].split(sizes), strict=True):
@@ -1379,22 +1349,24 @@ class Optimizers:
 
     def gather(self, model, batches: list[Tensor]) -> Tensor:
         """Fill the gradient buffers from the micro-batches of all ranks; return the mean loss, ()."""
-        for buffer in (self.flat, *(bank.gradient for bank in self.muon.banks)):
-            buffer.zero_()
+        torch._foreach_zero_([self.flat, *(bank.gradient for bank in self.muon.banks)])
         for batch in batches:
             ids = batch.to(self.process.device, non_blocking=True).long()
             with self.process.precision():
                 loss = model(ids[:, :-1], ids[:, 1:]) / self.settings.micro_batch_slots
             loss.backward()
             self.flat[-1] += loss.detach()
-        self.muon.start_sums()
+        for bank in self.muon.banks:
+            bank.arriving.extend(self.process.start_sum(bank.gradient, self.settings.parallel_muon))
         self.process.sum(self.flat)
         return self.flat[-1].clone()
 
     def step(self, scale: float, momentum: float) -> None:
         """Clip, then update every parameter; `scale` multiplies every learning rate."""
         if self.settings.grad_clip_norm:
-            own = self.muon.own_gradients()
+            for bank in self.muon.banks:
+                wait(bank.arriving)
+            own = [self.process.own(bank.gradient) for bank in self.muon.banks]
             square = self.process.sum(sum(gradient.square().sum() for gradient in own))
             norm = (square + self.flat[:-1].square().sum()).sqrt()
             factor = (self.settings.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -3051,11 +3023,9 @@ class LossWatch:
 
     def push(self, step: int, matrix_lr: float, loss: Tensor) -> None:
         """Queue the loss of `step`, which ran at Muon's rate `matrix_lr`; read those that are old enough."""
-        event = None
-        if loss.is_cuda:
-            loss = torch.empty_like(loss, device="cpu", pin_memory=True).copy_(loss, non_blocking=True)
-            event = torch.cuda.current_stream().record_event()
-        self.pending.append((step, matrix_lr, loss, event))
+        copy = loss.to("cpu", non_blocking=True)  # pinned memory: the host goes on
+        event = torch.cuda.current_stream().record_event() if loss.is_cuda else None
+        self.pending.append((step, matrix_lr, copy, event))
         self.drain(LOSS_LAG_STEPS)
 
     def drain(self, keep: int = 0) -> float:
@@ -3067,46 +3037,42 @@ class LossWatch:
             if not math.isfinite(loss):
                 state = f"at matrix learning rate {matrix_lr:.6g}, the last good one was {self.last_good:.4f}"
                 remedy = "lower MATRIX_LR, SCALAR_LR and TIED_EMBED_LR, or set GRAD_CLIP_NORM"
-                raise NonFiniteError(f"step {step}: train_loss is {float(loss)} {state}; {remedy}")
+                raise NonFiniteError(f"step {step}: train_loss is {loss:f} {state}; {remedy}")
             self.last_good = float(loss)
         return self.last_good
 
 
-def load_batches(
-    stream: TokenStream, step: int, settings: Settings, process: Process, clock: Clock
-) -> tuple[list[Tensor], float]:
+def load_batches(stream: TokenStream, step: int, clock: Clock) -> tuple[list[Tensor], float]:
     """Return this rank's micro-batches of `step` (slot s: rank s mod world size) and rank 0's clock in ms."""
-    batches, failure = [], None
+    process, batches, failure = clock.process, [], None
     try:
-        slots = range(process.rank, settings.micro_batch_slots, process.world_size)
-        batches = [stream.batch(step, slot) for slot in slots]
-        batches = [batch.pin_memory() for batch in batches] if process.device.type == "cuda" else batches
+        for slot in range(process.rank, stream.settings.micro_batch_slots, process.world_size):
+            batch = stream.batch(step, slot)
+            batches.append(batch.pin_memory() if process.device.type == "cuda" else batch)
     except (DataError, OSError) as error:
         failure = error  # raised on all ranks, so that nobody waits for this one in a collective
     return batches, process.agree(clock.read_ms(), failure)
 
 
-def warm_up(model: GPT, losses, stream: TokenStream, settings: Settings, process: Process, log: Log) -> None:
+def warm_up(model: GPT, losses, stream: TokenStream, process: Process, log: Log) -> None:
     """Prime compiler and caches by WARMUP_STEPS real steps of each of `losses`, then restore the weights."""
-    saved = [parameter.detach().clone() for parameter in model.parameters()]
-    optimizers, total = Optimizers(model, settings, process), settings.warmup_steps * len(losses)
-    for step in range(total):
-        batches, _ = load_batches(stream, step, settings, process, Clock(process))
-        optimizers.gather(losses[step // settings.warmup_steps], batches)
-        optimizers.step(1.0, settings.muon_momentum)
-        log.line(f"warmup_step:{step + 1}/{total}")
-    with torch.no_grad():
-        torch._foreach_copy_(list(model.parameters()), saved)
+    saved = {name: weight.clone() for name, weight in model.state_dict().items()}
+    steps, optimizers = stream.settings.warmup_steps, Optimizers(model, stream.settings, process)
+    for step in range(steps * len(losses)):
+        batches, _ = load_batches(stream, step, Clock(process))
+        optimizers.gather(losses[step // steps], batches)
+        optimizers.step(1.0, stream.settings.muon_momentum)
+        log.line(f"warmup_step:{step + 1}/{steps * len(losses)}")
+    model.load_state_dict(saved)
 
 
 def choose_weights(averages: Averages, model: GPT, batches: list, process: Process, log: Log) -> dict:
     """Return the candidate of least loss on `batches`: training tokens after the last step's, never val."""
     candidates, losses = averages.candidates(), {}
+    pairs = [(ids[:, :-1], ids[:, 1:]) for ids in (batch.to(process.device).long() for batch in batches)]
     for name, weights in candidates.items() if len(candidates) > 1 else ():
-        total = torch.zeros((), dtype=torch.float64, device=process.device)
-        for ids in (batch.to(process.device).long() for batch in batches):
-            with torch.no_grad(), process.precision():
-                total += torch.func.functional_call(model, weights, (ids[:, :-1], ids[:, 1:]))
+        with torch.no_grad(), process.precision():
+            total = sum(torch.func.functional_call(model, weights, pair).double() for pair in pairs)
         losses[name] = float(process.sum(total)) / averages.settings.micro_batch_slots
     chosen = min(candidates, key=lambda name: losses.get(name, 0.0))
     numbers = {"ema_updates": averages.updates, "swa_snapshots": averages.snapshots}
@@ -3117,48 +3083,39 @@ def choose_weights(averages: Averages, model: GPT, batches: list, process: Proce
     return {name: weight for name, weight in candidates[chosen].items() if not name.startswith("mtp_heads.")}
 
 
-def count_oracle(oracle: PseudoOracle, stream: TokenStream, clock: Clock, log: Log) -> float:
-    """Count the training tokens for #834's gate on the clock just started; return rank 0's time in ms."""
-    oracle.count(stream)
-    clock.process.synchronize()
-    elapsed_ms = clock.process.agree(clock.read_ms(), None)
-    line = f"oracle: hashed {stream.total} training tokens train_time:{elapsed_ms:.0f}ms"
-    log.event("oracle", line, tokens=stream.total, seconds=elapsed_ms / 1000)
-    return elapsed_ms
-
-
-def train(
-    model: GPT, dataset: Dataset, settings: Settings, process: Process, log: Log, compiled: bool
-) -> tuple[dict[str, Tensor], dict[str, object]]:
+def train(dataset: Dataset, settings: Settings, process: Process, log: Log, compiled: bool) -> tuple:
     """Train to ITERATIONS or MAX_WALLCLOCK_SECONDS, all ranks alike; return weights to export and numbers."""
+    torch.manual_seed(settings.seed)
+    model, stream, total = GPT(settings).to(process.device), dataset.stream, settings.iterations
+    log.line(f"model_params:{sum(parameter.numel() for parameter in model.parameters())}")
     aware = QuantizationAware(model, settings)
     modules = {"off": [model], "step0": [aware]}.get(settings.qat_start, [model, aware])
     losses = [torch.compile(m, dynamic=False, fullgraph=True) if compiled else m for m in modules]
     logits = torch.compile(model.logits, dynamic=False) if compiled else model.logits
     oracle = PseudoOracle(settings, process) if settings.gate_head else None
     losses = [oracle.beside(loss) for loss in losses] if oracle else losses
-    warm_up(model, losses, dataset.stream, settings, process, log)
+    warm_up(model, losses, stream, process, log)
     optimizers, averages = Optimizers(model, settings, process), Averages(model, settings)
-    clock, watch, bar = Clock(process), LossWatch(), process.progress(settings.iterations, "train")
-    limit_ms, total = 1000.0 * settings.max_wallclock_seconds or math.inf, settings.iterations
-    step, logged, quantized = 0, 0, False
+    clock, watch, bar = Clock(process), LossWatch(), process.progress(total, "train")
+    step, quantized, before_ms, every = 0, False, 0.0, settings.train_log_every
     clock.start()
-    before_ms = count_oracle(oracle, dataset.stream, clock, log) if oracle else 0.0
+    if oracle:
+        oracle.count(stream)
+        process.synchronize()
+        before_ms = process.agree(clock.read_ms(), None)
+        line = f"oracle: hashed {stream.total} training tokens train_time:{before_ms:.0f}ms"
+        log.event("oracle", line, tokens=stream.total, seconds=before_ms / 1000)
     while True:
-        batches, elapsed_ms = load_batches(dataset.stream, step, settings, process, clock)
-        finished = step == total or elapsed_ms >= limit_ms
-        every = settings.train_log_every
-        if step > logged and (finished or step <= 10 or (every and step % every == 0)):
-            logged = step
+        batches, elapsed_ms = load_batches(stream, step, clock)
+        finished = step == total or elapsed_ms >= (1000.0 * settings.max_wallclock_seconds or math.inf)
+        if step and (finished or step <= 10 or (every and step % every == 0)):
             log.step("train", step, total, elapsed_ms, train_loss=watch.drain())
         if finished or (settings.val_loss_every and step % settings.val_loss_every == 0):
             clock.stop()
             watch.drain()
-            tokens, window = dataset.val_tokens, settings.window
-            chunks = score_stream(logits, tokens, settings, window, process, "validate")
-            val = account(chunks, dataset, process)
-            validation = {"val_loss": val.val_loss, "val_bpb": val.val_bpb}
-            log.step("validation", step, total, clock.total_ms, **validation)
+            chunks = score_stream(logits, dataset.val_tokens, settings, settings.window, process, "validate")
+            val_loss, val_bpb, *_ = account(chunks, dataset, process)
+            log.step("validation", step, total, clock.total_ms, val_loss=val_loss, val_bpb=val_bpb)
             if finished:
                 break
             clock.start()
@@ -3177,15 +3134,16 @@ def train(
     bar.close()
     if step < total:
         log.line(f"stopping_early: wallclock_cap train_time:{clock.total_ms:.0f}ms step:{step}/{total}")
-    weights = choose_weights(averages, model, batches, process, log)
+    if process.device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        log.line(f"peak memory allocated: {allocated // 2**20} MiB reserved: {reserved // 2**20} MiB")
     numbers = {"steps": step, "train_seconds": clock.total_ms / 1000, "train_loss": watch.last_good}
-    return weights, numbers | {f"training_{name}": value for name, value in validation.items()}
+    numbers |= {"training_val_loss": val_loss, "training_val_bpb": val_bpb}
+    return choose_weights(averages, model, batches, process, log), numbers
 
 
-def export(
-    weights: dict[str, Tensor], dataset: Dataset, settings: Settings, process: Process, path: Path
-) -> None:
-    """Write the artifact on rank 0 while the other ranks wait for it."""
+def export(weights: dict, dataset: Dataset, settings: Settings, process: Process, path: Path) -> Artifact:
+    """Write the artifact on rank 0 while the other ranks wait for it; return what the file holds."""
     failure = None
     try:
         if process.is_main:
@@ -3194,6 +3152,7 @@ def export(
     except (NonFiniteError, OSError) as error:
         failure = error
     process.agree(0.0, failure)
+    return read_artifact(path)
 
 
 def xz_bits_per_byte(dataset: Dataset, log: Log) -> float | None:
@@ -3201,30 +3160,27 @@ def xz_bits_per_byte(dataset: Dataset, log: Log) -> float | None:
     if dataset.manifest is None or not 0 < int(dataset.target_bytes.sum()) <= RAW_TEXT_LIMIT:
         return None
     text = dataset.tokenizer.decode(dataset.val_tokens.tolist())
-    xz_bpb = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
-    line = f"reference: xz -9e on the same {len(text)} bytes: {xz_bpb:.4f} bpb"
-    log.event("reference", line, xz_bpb=xz_bpb)
-    return xz_bpb
+    bpb = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+    log.event("reference", f"reference: xz -9e on the same {len(text)} bytes: {bpb:.4f} bpb", xz_bpb=bpb)
+    return bpb
 
 
 def log_cache(neural: Tensor, mixture: Mixture, dataset: Dataset, log: Log) -> dict[str, object]:
     """Log what the cache gained over the neural prices (N,): by document, by family, along the stream."""
-    bits = [-prices.double().cpu().numpy() / math.log(2) for prices in (neural, mixture.logp)]
-    size = dataset.target_bytes.astype(np.float64)
-    document = np.cumsum(dataset.val_tokens[:-1] == MARKER_ID)
-    document -= document[:1].sum()  # the first document is number 0, marker or not
-    bpb = [float(values.sum() / size.sum()) for values in bits]
-    numbers = {"neural_bpb": bpb[0], "cache_gain_bpb": bpb[0] - bpb[1], "cache_weights": mixture.weights}
-    numbers["cache_gain_interval"] = gain_interval(bits[0] - bits[1], size, document)
-    low, high = numbers["cache_gain_interval"]
-    gain = f"gain:{bpb[0] - bpb[1]:.6f} ({low:.4f} to {high:.4f})"
+    bits = -torch.stack((neural, mixture.logp)).double().cpu().numpy() / math.log(2)  # (2, N)
+    size, markers = dataset.target_bytes.astype(np.float64), dataset.val_tokens[:-1] == MARKER_ID
+    document = np.cumsum(markers) - markers[0]  # the first document is number 0, marker or not
+    alone, mixed = (bits.sum(axis=1) / size.sum()).tolist()
+    low, high = gain_interval(bits[0] - bits[1], size, document)
+    numbers = {"neural_bpb": alone, "cache_gain_bpb": alone - mixed, "cache_weights": mixture.weights}
+    numbers["cache_gain_interval"] = [low, high]
     weights = " ".join(f"{name}:{weight:.3f}" for name, weight in mixture.weights.items())
-    line = f"ngram_cache: neural_bpb:{bpb[0]:.6f} cache_bpb:{bpb[1]:.6f} {gain} mean weights: {weights}"
-    log.event("cache", line, **numbers)
-    sums = [np.cumsum(values) for values in (*bits, size.clip(min=1e-9))]
-    for end in np.linspace(0, len(size), CURVE_POINTS + 1).astype(int)[1:] - 1:
-        alone, mixed, seen = (float(total[end]) for total in sums)
-        log.event("curve", "", tokens=int(end) + 1, neural_bpb=alone / seen, cache_bpb=mixed / seen)
+    gain = f"gain:{alone - mixed:.6f} ({low:.4f} to {high:.4f}) mean weights: {weights}"
+    log.event("cache", f"ngram_cache: neural_bpb:{alone:.6f} cache_bpb:{mixed:.6f} {gain}", **numbers)
+    curve = np.cumsum(bits, axis=1) / np.cumsum(size).clip(min=1e-9)
+    for end in np.linspace(0, len(size), CURVE_POINTS + 1).astype(int)[1:].tolist():
+        alone, mixed = curve[:, end - 1].tolist()
+        log.event("curve", "", tokens=end, neural_bpb=alone, cache_bpb=mixed)
     return numbers
 
 
@@ -3279,74 +3235,49 @@ def evaluate(
     return {**final, "eval_seconds": clock.total_ms / 1000, **reference}
 
 
-def log_start(settings: Settings, process: Process, log: Log) -> str:
-    """Log what a reader needs to repeat the run; return the SHA-256 of this script."""
-    changed = " ".join(f"{name}={value}" for name, value in settings.changed().items())
-    line = f"settings that differ from the defaults: {changed or 'none'}"
-    log.event("settings", line, **dataclasses.asdict(settings))
-    cuda, sha256 = process.device.type == "cuda", file_sha256(Path(__file__))
+def log_start(settings: Settings, process: Process, log: Log, script_sha256: str) -> None:
+    """Log what a reader needs to repeat the run."""
+    changed = " ".join(f"{name}={value}" for name, value in settings.changed().items()) or "none"
+    log.event("settings", f"settings that differ from the defaults: {changed}", **vars(settings))
+    cuda, ranks, slots = process.device.type == "cuda", process.world_size, settings.micro_batch_slots
     device = torch.cuda.get_device_name() if cuda else f"cpu with {torch.get_num_threads()} threads"
-    versions = f"torch:{torch.__version__} python:{platform.python_version()}"
-    log.line(f"{versions} device:{device} script_sha256:{sha256}")
-    slots = settings.micro_batch_slots // process.world_size
-    log.line(f"world_size:{process.world_size} grad_accum_steps:{slots} seed:{settings.seed}")
-    return sha256
+    log.line(f"torch:{torch.__version__} python:{platform.python_version()} device:{device}")
+    log.line(f"script_sha256:{script_sha256}")
+    log.line(f"world_size:{ranks} grad_accum_steps:{slots // ranks} seed:{settings.seed}")
 
 
-def log_data(settings: Settings, dataset: Dataset, log: Log) -> None:
-    """Log what is trained on, what is scored, and how its bytes are counted."""
-    if dataset.stream:
-        shards, tokens = len(dataset.stream.paths), dataset.stream.total
-        log.line(f"train_loader:dataset:{settings.data_path} train_shards:{shards} tokens:{tokens}")
+def run(settings: Settings, process: Process, run_dir: Path, log: Log, artifact: Artifact | None) -> dict:
+    """Do the whole run, or score `artifact` if there is one; return all final numbers. Raises RunError."""
+    script, path = Path(__file__), Path(settings.eval_only or run_dir / "artifact.bin")
+    script_sha256, cuda = file_sha256(script), process.device.type == "cuda"
+    log_start(settings, process, log, script_sha256)
+    dataset = load_dataset(settings, artifact.tokenizer if artifact else None)
+    if stream := dataset.stream:
+        log.line(f"train_loader:{settings.data_path} shards:{len(stream.paths)} tokens:{stream.total}")
     log.line(f"val_loader:tokens:{len(dataset.target_bytes)} bytes:{int(dataset.target_bytes.sum())}")
     rule = "raw bytes, as in the manifest" if dataset.manifest else "the contest's table, no manifest"
     log.line(f"val_bpb:enabled tokenizer_path={settings.tokenizer_path} bytes:{rule}")
-
-
-def choose_compile(settings: Settings, process: Process) -> bool:
-    """Return whether to compile; raises SettingError where COMPILE=1 asks a CPU without a C++ compiler."""
-    if process.device.type == "cuda":
-        return settings.compile != "0"
-    if settings.compile == "1" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise SettingError("COMPILE=1 needs a C++ compiler on a CPU; install g++ or set COMPILE=0")
-    return settings.compile == "1"
-
-
-def run(
-    settings: Settings, process: Process, run_dir: Path, log: Log, artifact: Artifact | None
-) -> dict[str, object]:
-    """Do the whole run, or score `artifact` if there is one; return all final numbers. Raises RunError."""
-    script_sha256 = log_start(settings, process, log)
-    path = Path(settings.eval_only) if settings.eval_only else run_dir / "artifact.bin"
-    dataset = load_dataset(settings, artifact.tokenizer if artifact else None)
-    log_data(settings, dataset, log)
     if settings.pseudo != "none":
         pseudo_rule(settings.pseudo, settings, settings.gate_head)  # refused before the work, or never
     select_attention(settings, process, log)
-    compiled = choose_compile(settings, process)
+    compiled = settings.compile == "1" or (cuda and settings.compile == "auto")
+    if compiled and not cuda and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise SettingError("COMPILE=1 needs a C++ compiler on a CPU; install g++ or set COMPILE=0")
     numbers: dict[str, object] = {"steps": 0, "train_seconds": 0.0}
     if artifact is None:
-        torch.manual_seed(settings.seed)
-        model = GPT(settings).to(process.device)
-        log.line(f"model_params:{sum(parameter.numel() for parameter in model.parameters())}")
-        weights, numbers = train(model, dataset, settings, process, log, compiled)
-        if process.device.type == "cuda":
-            allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-            log.line(f"peak memory allocated: {allocated // 2**20} MiB reserved: {reserved // 2**20} MiB")
-        export(weights, dataset, settings, process, path)
-        artifact = read_artifact(path)
+        weights, numbers = train(dataset, settings, process, log, compiled)
+        artifact = export(weights, dataset, settings, process, path)
     if artifact.tokenizer_sha256 != dataset.tokenizer.sha256:
         raise DataError(f"TOKENIZER_PATH={settings.tokenizer_path}: {path} was made with another; set that")
-    code, limit = Path(__file__).stat().st_size, settings.artifact_limit_bytes
-    sizes = {"artifact_bytes": artifact.size, "code_bytes": code, "total_bytes": artifact.size + code}
-    line = f"weights:{artifact.size} code:{code} total:{sizes['total_bytes']} limit:{limit} bytes"
-    log.event("artifact", f"artifact:{path} {line}", **sizes)
-    final = evaluate(artifact, dataset, settings, process, log, compiled, path)
-    hashes = {**dataset.hashes, "artifact_sha256": artifact.sha256, "script_sha256": script_sha256}
-    result = {**final, **numbers, **sizes, "hashes": hashes}
-    seconds = f"train_seconds:{result['train_seconds']:.1f} eval_seconds:{result['eval_seconds']:.1f}"
-    score = f"val_bpb:{result['val_bpb']:.8f} val_loss:{result['val_loss']:.8f}"
-    log.event("result", f"final {score} artifact_bytes:{artifact.size} {seconds}", **result)
+    size, code, limit = artifact.size, script.stat().st_size, settings.artifact_limit_bytes
+    sizes = {"artifact_bytes": size, "code_bytes": code, "total_bytes": size + code}
+    line = f"artifact:{path} weights:{size} code:{code} total:{size + code} limit:{limit} bytes"
+    log.event("artifact", line, **sizes)
+    result = evaluate(artifact, dataset, settings, process, log, compiled, path) | numbers | sizes
+    result["hashes"] = {"artifact_sha256": artifact.sha256, "script_sha256": script_sha256, **dataset.hashes}
+    score = "final val_bpb:{val_bpb:.8f} val_loss:{val_loss:.8f} artifact_bytes:{artifact_bytes}"
+    seconds = "train_seconds:{train_seconds:.1f} eval_seconds:{eval_seconds:.1f}"
+    log.event("result", f"{score} {seconds}".format(**result), **result)
     return result
 
 
@@ -3363,17 +3294,16 @@ def failure_of(error: BaseException) -> tuple[int, str]:
     return 1, repr(error)
 
 
-def run_and_record(settings: Settings, process: Process, notes: list[str], artifact: Artifact | None) -> int:
+def run_and_record(settings: Settings, process: Process, note: str, artifact: Artifact | None) -> int:
     """Run, write result.json whatever happens, and return the exit code."""
-    started = time.strftime("%Y%m%d-%H%M%S")
-    run_id = process.share(settings.run_id or f"{settings.recipe}-seed{settings.seed}-{started}")
-    run_dir = Path(settings.run_dir or f"runs/{run_id}")
+    run_id = settings.run_id or f"{settings.recipe}-seed{settings.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(settings.run_dir or f"runs/{process.share(run_id)}")
     if settings.eval_only and Path(settings.eval_only).resolve().parent == run_dir.resolve():
         raise SettingError(f"RUN_DIR={run_dir} holds the artifact's own run; name another folder")
     log = Log(process, run_dir)
     for name in ("result.json", "artifact.bin") if process.is_main else ():
         (run_dir / name).unlink(missing_ok=True)
-    for note in notes:
+    if note:
         log.line(note)
     record: dict[str, object] = {"exit_code": 0, "run_id": run_id, "recipe": settings.recipe}
     record |= {"seed": settings.seed, "world_size": process.world_size, "settings": settings.changed()}
@@ -3397,21 +3327,19 @@ def run_and_record(settings: Settings, process: Process, notes: list[str], artif
 
 def main(environment: Mapping[str, str]) -> int:
     """Run what `environment` asks for and return the exit code."""
-    mapping, notes, is_main = dict(environment), [], environment.get("RANK", "0") == "0"
-    if "RECIPE" not in mapping and not torch.cuda.is_available():
-        mapping["RECIPE"] = "cpu"
-        notes.append("RECIPE is not set and there is no CUDA device: RECIPE=cpu")
+    code, is_main, note = 0, environment.get("RANK", "0") == "0", ""
+    if "RECIPE" not in environment and not torch.cuda.is_available():
+        environment = {**environment, "RECIPE": "cpu"}
+        note = "RECIPE is not set and there is no CUDA device: RECIPE=cpu"
     try:
-        path = mapping.get("EVAL_ONLY") or mapping.get("ARTIFACT")
+        path = environment.get("EVAL_ONLY") or environment.get("ARTIFACT")
         artifact = read_artifact(Path(path)) if path else None
-        settings = Settings.from_env(mapping, artifact.settings if artifact else None)
-        with open_process(mapping, settings) as process:
-            codec = settings.codec != "none"
-            code = (
-                (run_codec(settings, process, artifact) or 0)
-                if codec
-                else run_and_record(settings, process, notes, artifact)
-            )
+        settings = Settings.from_env(environment, artifact.settings if artifact else None)
+        with open_process(environment, settings) as process:
+            if settings.codec == "none":
+                code = run_and_record(settings, process, note, artifact)
+            else:
+                run_codec(settings, process, artifact)
     except (RunError, OSError, KeyboardInterrupt) as error:
         code, message = failure_of(error)
         if is_main:

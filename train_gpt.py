@@ -35,8 +35,8 @@ The last line of every complete run:
 
 Units: logarithms are natural inside (nats), base 2 in reports (bits per byte of raw UTF-8 text); sizes are
 bytes, 1 MB = 1,000,000 bytes. Training runs in the precision of the hardware, accounting in float64.
-Exit codes: 0 done, 2 setting, 3 artifact over the limit, 4 audit, 5 bad input file or data, 6 non-finite loss,
-130 and 143 interrupted by SIGINT and SIGTERM.
+Exit codes: 0 done, 2 setting, 3 artifact over the limit, 4 audit failed, 5 bad input file or data, 6 loss not
+finite, 130 and 143 interrupted by SIGINT and SIGTERM.
 """
 
 from __future__ import annotations

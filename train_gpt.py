@@ -118,10 +118,9 @@ RECIPES = {
     # Two CPU cores, two minutes on the standard library's source; records/README.md says what was tried.
     "cpu": """DATA_PATH=./data/datasets/stdlib TOKENIZER_PATH=./data/datasets/stdlib/tokenizer.model
         VOCAB_SIZE=4000 NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=2 NUM_KV_HEADS=2 LOGIT_SOFTCAP=0
-        ITERATIONS=100000 MAX_WALLCLOCK_SECONDS=120 WARMUP_STEPS=2 WARMDOWN_ITERS=320
-        TRAIN_BATCH_TOKENS=4096 TRAIN_SEQ_LEN=256 MICRO_BATCH_SLOTS=2 DATA_LANES=32
-        TIED_EMBED_LR=0.02 MATRIX_LR=0.02 SCALAR_LR=0.02 MUON_MOMENTUM=0.85 EMA_DECAY=0.98
-        TRAIN_LOG_EVERY=10 VAL_LOSS_EVERY=0 VAL_BATCH_SIZE=8192""",
+        ITERATIONS=100000 MAX_WALLCLOCK_SECONDS=120 WARMUP_STEPS=2 WARMDOWN_ITERS=320 TRAIN_BATCH_TOKENS=4096
+        TRAIN_SEQ_LEN=256 MICRO_BATCH_SLOTS=2 DATA_LANES=32 TIED_EMBED_LR=0.02 MATRIX_LR=0.02 SCALAR_LR=0.02
+        MUON_MOMENTUM=0.85 EMA_DECAY=0.98 TRAIN_LOG_EVERY=10 VAL_LOSS_EVERY=0 VAL_BATCH_SIZE=8192""",
     # Seconds, for tests: every stage runs, nothing is learned worth having.
     "smoke": """VOCAB_SIZE=384 NUM_LAYERS=3 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2
         ITERATIONS=4 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=1 WARMDOWN_ITERS=2
@@ -147,31 +146,20 @@ RECIPES = {
         MATRIX_BITS=6 LOOKUP_BITS=6 EMBED_BITS=16 PSEUDO=pr864""",
 }
 
-# Names of other submissions: those that a setting here stands for, old:new; the rest by what to do instead.
+# Names of other submissions: old:new where a setting here stands for it; the rest has no counterpart.
 RENAMED = """LEAKY_RELU:MLP_ACTIVATION MLP_MULT_ENCODER:MLP_MULT MLP_MULT_DECODER:MLP_MULT SWA_ENABLED:AVERAGE
     VE_ENABLED:VE_LAYERS USE_BIGRAMHASH:BIGRAM_VOCAB_SIZE USE_SMEARGATE:SMEAR_GATE INT6_LAST_N:MATRIX_BITS
     USE_VALUE_RESIDUAL:VALUE_RESIDUAL USE_GATED_ATTENTION:GATED_ATTN SWA_START_FRAC:SWA_START_SCALE
     QAT_ENABLED:QAT_START LATE_QAT_THRESHOLD:QAT_START USE_LATE_QAT:QAT_START QAT_TIME_FRAC:QAT_START
     NGRAM_ORDER:NGRAM_MAX_ORDER NGRAM_ENT_BASE:NGRAM_ALPHA_MIN NGRAM_ENABLED:PSEUDO NGRAM_EVAL:PSEUDO
-    USE_MIXER:PSEUDO MIXER_HEAD:GATE_HEAD"""
-RULES_OWN = "NGRAM_MIN_ORDER NGRAM_ENT_SCALE NGRAM_ENT_THRESH NGRAM_ENTROPY_CENTER NGRAM_ENTROPY_SCALE"
-REMEDIES = {
-    "set EMA_DECAY, 0 switches the average off": "USE_EMA",
-    "set EVAL_ONLY to an artifact": "TTT_ONLY",
-    "set EVAL_STRIDE to the window length for a fast score": "SKIP_SLIDING",
-    "choose a RECIPE": "RUN_CONFIG",
-    "set MUON_WD for matrices, ADAM_WD for the rest": "WEIGHT_DECAY",
-    "set MICRO_BATCH_SLOTS, the ranks share its slots": "GRAD_ACCUM_STEPS",
-    "set NGRAM_ALPHA_MIN and NGRAM_ALPHA_MAX to it": "NGRAM_ALPHA",
-    "set NGRAM_ALPHA_MAX to base plus range": "NGRAM_ENT_RANGE",
-    "parameter_role decides, unset it": "CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS",
-    "nothing ever read it, unset it": "MUON_BETA2 MIXER_ETA PPM_ALPHA USE_CACHE CACHE_ALPHA",
-    "no target is priced twice, unset it": "NGRAM_TWO_PASS NGRAM_RESCORE_CHUNKS",
-    "each rule of PSEUDO has its own, unset it": RULES_OWN,
-}
-REFUSED_NAMES = {name: remedy for remedy, names in REMEDIES.items() for name in names.split()}
-REFUSED_NAMES |= {old: f"set {new}" for old, new in (pair.split(":") for pair in RENAMED.split())}
-
+    USE_MIXER:PSEUDO MIXER_HEAD:GATE_HEAD USE_EMA:EMA_DECAY TTT_ONLY:EVAL_ONLY SKIP_SLIDING:EVAL_STRIDE
+    RUN_CONFIG:RECIPE WEIGHT_DECAY:MUON_WD+ADAM_WD GRAD_ACCUM_STEPS:MICRO_BATCH_SLOTS
+    NGRAM_ALPHA:NGRAM_ALPHA_MIN+NGRAM_ALPHA_MAX NGRAM_ENT_RANGE:NGRAM_ALPHA_MAX"""
+UNREAD = """CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS MUON_BETA2 MIXER_ETA PPM_ALPHA
+    USE_CACHE CACHE_ALPHA NGRAM_TWO_PASS NGRAM_RESCORE_CHUNKS NGRAM_MIN_ORDER NGRAM_ENT_SCALE NGRAM_ENT_THRESH
+    NGRAM_ENTROPY_CENTER NGRAM_ENTROPY_SCALE"""
+REFUSED_NAMES = {old: f"set {new}" for old, new in (pair.split(":") for pair in RENAMED.split())}
+REFUSED_NAMES |= dict.fromkeys(UNREAD.split(), "nothing would read it, unset it")
 # Variables of other tools whose names come close to a setting's.
 OTHER_TOOLS = {"COMPILER", "MODEL_DIR", "DATASET_PATH", "OMP_NUM_THREADS"}
 
@@ -199,8 +187,8 @@ def parse_setting(field: dataclasses.Field, text: str):
     with contextlib.suppress(ValueError, KeyError, OverflowError):
         if math.isfinite(value := convert(text)):
             return value
-    text = f"{field.name.upper()}={text!r} is not {rules[field.type]}"
-    raise SettingError(f"{text}; the default is {field.default} ({field.metadata['doc']})")
+    name = field.name.upper()
+    raise SettingError(f"{name}={text!r} is not {rules[field.type]}; the default is {field.default}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,9 +304,7 @@ class Settings:
     # exact n-gram cache
     ngram_cache: str = choice("exact none", "cache that the final score mixes in", "scoring")
     cache_max_order: int = setting(16, "longest n-gram of the cache", 2, 64, stored="scoring")
-    cache_document_order: int = setting(
-        4, "longest counted per document too; 0: none", 0, 64, stored="scoring"
-    )
+    cache_document_order: int = setting(4, "longest of a document's; 0: none", 0, 64, stored="scoring")
     cache_chunk_tokens: int = setting(512, "targets between updates of the gate", 1, 2**20, stored="scoring")
     cache_hidden: int = setting(32, "hidden units of the gate", 1, 4_096, stored="scoring")
     cache_steps: int = setting(2, "Adam steps on each priced chunk", 1, 100, stored="scoring")
@@ -336,33 +322,30 @@ class Settings:
                 raise SettingError(f"{text} here: {REFUSED_NAMES[name]}")
             if name.isupper() and (close := difflib.get_close_matches(name, sorted(fields), 1, 0.85)):
                 raise SettingError(f"{text}; rename it to {close[0]} or unset it")
-        by_hand = {name: parse_setting(fields[name], mapping[name]) for name in fields if name in mapping}
-        recipe = RECIPES.get(by_hand.get("RECIPE", fields["RECIPE"].default), "")
-        row = dict(pair.split("=", 1) for pair in recipe.split())
-        values = {name: parse_setting(fields[name], text) for name, text in row.items()}
-        values |= {name.upper(): value for name, value in (stored or {}).items()}
-        for name in (field.upper() for field in stored or ()):
-            value, hand = values[name], by_hand.get(name, values[name])
-            if fields[name].metadata["stored"] == "shape" and hand != value:
+
+        def parse(texts: Mapping[str, str]) -> dict[str, object]:
+            return {f.name: parse_setting(f, texts[name]) for name, f in fields.items() if name in texts}
+
+        by_hand, stored = parse(mapping), stored or {}
+        row = RECIPES.get(by_hand.get("recipe", cls.recipe), "").split()
+        for name, field in fields.items():
+            hand, value = by_hand.get(field.name), stored.get(field.name)
+            if field.metadata["stored"] == "shape" and None not in (hand, value) and hand != value:
                 raise SettingError(f"{name}={hand!r} contradicts the artifact's {value!r}; unset {name}")
-        return cls(**{name.lower(): value for name, value in (values | by_hand).items()})
+        return cls(**{**parse(dict(pair.split("=", 1) for pair in row)), **stored, **by_hand})
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            name, value, rule, remedy = field.name.upper(), getattr(self, field.name), field.metadata, ""
-            if rule["choices"] and value not in rule["choices"]:
-                remedy = f"choose one of {', '.join(map(str, rule['choices']))}"
-            elif rule["low"] is not None and not value >= rule["low"]:
-                remedy = f"raise it to {rule['low']} at least"
-            elif rule["high"] is not None and not value <= rule["high"]:
-                remedy = f"lower it to {rule['high']} at most"
-            if remedy:
-                raise SettingError(f"{name}={value!r} is not allowed ({rule['doc']}): {remedy}")
-        s, row, val_row = (
-            self,
-            self.micro_batch_slots * self.train_seq_len,
-            self.micro_batch_slots * self.window,
-        )
+            value, (doc, low, high, choices, _) = getattr(self, field.name), field.metadata.values()
+            fault = choices and value not in choices and f"choose one of {', '.join(map(str, choices))}"
+            if low is not None and not value >= low:
+                fault = f"raise it to {low} at least"
+            if high is not None and not value <= high:
+                fault = f"lower it to {high} at most"
+            if fault:
+                raise SettingError(f"{field.name.upper()}={value!r} is not allowed ({doc}): {fault}")
+        s, slots = self, self.micro_batch_slots
+        row, val_row = slots * s.train_seq_len, slots * s.window
         ragged = not s.eval_only and s.train_batch_tokens % row
         rotary = s.rope_dims % 2 or s.rope_dims > s.head_dim
         qat = re.fullmatch(r"off|step0|(scale|time):(0\.\d+|1)", s.qat_start)
@@ -372,9 +355,8 @@ class Settings:
         last = max(s.value_layers, default=0)
         gated = s.pseudo == "pr834" or bool(s.eval_only and s.gate_head)
         for name, broken, rule, number in (
-            ("MODEL_DIM", s.model_dim % s.num_heads, "a multiple of NUM_HEADS", s.num_heads),
+            ("MODEL_DIM", s.model_dim % (2 * s.num_heads), "an even multiple of NUM_HEADS", s.num_heads),
             ("NUM_HEADS", s.num_heads % s.num_kv_heads, "a multiple of NUM_KV_HEADS", s.num_kv_heads),
-            ("MODEL_DIM", s.head_dim % 2, "an even multiple of NUM_HEADS", s.num_heads),
             ("MODEL_DIM", s.head_dim > 512, "at most 512 times NUM_HEADS", s.num_heads),
             ("TRAIN_BATCH_TOKENS", ragged, "a multiple of slots times sequence", row),
             ("VAL_BATCH_SIZE", s.val_batch_size < val_row, "at least MICRO_BATCH_SLOTS windows", val_row),
@@ -415,13 +397,12 @@ class Settings:
 
     def stored_values(self, kinds: tuple[str, ...] = ("shape", "scoring")) -> dict[str, object]:
         """Return what an artifact keeps: the settings its weights or its score depend on."""
-        stored = (field.name for field in dataclasses.fields(self) if field.metadata["stored"] in kinds)
+        stored = [field.name for field in dataclasses.fields(self) if field.metadata["stored"] in kinds]
         return {name: getattr(self, name) for name in stored}
 
     def changed(self) -> dict[str, object]:
         """Return the settings that differ from the defaults, by variable name."""
-        pairs = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
-        return {field.name.upper(): value for field, value in pairs if value != field.default}
+        return {name.upper(): value for name, value in vars(self).items() if value != getattr(Settings, name)}
 
 
 # ============================================================================================================
@@ -469,23 +450,20 @@ class Process:
             return []
         return [dist.all_gather(list(bank.chunk(self.world_size)), self.own(bank).clone(), async_op=True)]
 
+    def share(self, value: object) -> list:
+        """Return every rank's `value`, by rank, on every rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def agree(self, elapsed_ms: float, failure: Exception | None) -> float:
         """Return rank 0's `elapsed_ms` on every rank; raise on every rank if any rank brings a `failure`."""
         mine = [elapsed_ms if self.is_main else 0.0, failure is not None]
         agreed_ms, failed = self.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
         if failed:
-            failures = [failure] * self.world_size
-            if self.world_size > 1:
-                dist.all_gather_object(failures, failure)
-            raise next(error for error in failures if error)
+            raise next(error for error in self.share(failure) if error)
         return agreed_ms
-
-    def share(self, text: str) -> str:
-        """Return rank 0's `text` on every rank."""
-        box = [text]
-        if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
 
     def synchronize(self) -> None:
         """Wait until the device has done everything it was given."""
@@ -523,13 +501,11 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(settings.seed)
-    if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
-    try:
+    with contextlib.ExitStack() as stack:
+        if world_size > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+            stack.callback(dist.destroy_process_group)
         yield Process(rank, world_size, device)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 class Log:
@@ -541,10 +517,10 @@ class Log:
             run_dir.mkdir(parents=True, exist_ok=True)
         self.files = [open(run_dir / name, "w", encoding="utf-8", buffering=1) for name in names]
 
-    def line(self, text: str) -> None:
-        """Write `text` to the console and to run.log."""
+    def line(self, text: str, console=None) -> None:
+        """Write `text` to the console (standard output, or another stream) and to run.log."""
         if self.files:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(text, file=console)
             sys.stdout.flush()
             self.files[0].write(text + "\n")
 
@@ -562,10 +538,9 @@ class Log:
         self.event(event, line, step=step, train_time_ms=train_time_ms, **values)
 
     def close(self, error: object = None) -> None:
-        """Write the error that ended the run, if one did (rank 0's console: stderr), and close both files."""
-        if error and self.files:
-            for file in (sys.stderr, self.files[0]):
-                print(f"error: {error}", file=file)
+        """Write the error that ended the run, if one did (console: stderr), and close both files."""
+        if error:
+            self.line(f"error: {error}", sys.stderr)
         for file in self.files:
             file.close()
 
@@ -574,7 +549,7 @@ class Clock:
     """A stopwatch that waits for the device at start and stop: queued work counts where it belongs."""
 
     def __init__(self, process: Process) -> None:
-        self.process, self.total_ms, self.started = process, 0.0, None
+        self.process, self.total_ms, self.started = process, 0.0, math.inf
 
     def start(self) -> None:
         """Start, or go on."""
@@ -584,13 +559,11 @@ class Clock:
     def stop(self) -> None:
         """Stop; time passes uncounted until the next start."""
         self.process.synchronize()
-        self.total_ms = self.read_ms()
-        self.started = None
+        self.total_ms, self.started = self.read_ms(), math.inf
 
     def read_ms(self) -> float:
         """Return the milliseconds counted so far, without waiting for the device."""
-        running = 0.0 if self.started is None else time.perf_counter() - self.started
-        return self.total_ms + 1000.0 * running
+        return self.total_ms + 1000.0 * max(0.0, time.perf_counter() - self.started)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -627,21 +600,14 @@ def shards_sha256(paths: list[Path]) -> str:
     return hashlib.sha256("".join(map(file_sha256, paths)).encode()).hexdigest()
 
 
-def shard_header(tokens: int) -> bytes:
-    """Return the 1,024-byte header of a shard of `tokens` tokens: 256 little-endian int32."""
-    return struct.pack("<3i", SHARD_MAGIC, SHARD_VERSION, tokens).ljust(SHARD_HEADER_BYTES, b"\0")
-
-
 def open_shard(path: Path) -> np.ndarray:
     """Return a shard's tokens, memory-mapped uint16; raises DataError naming the file and its fault."""
-    size = path.stat().st_size
     with open(path, "rb") as file:
         magic, version, tokens = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
-    expected = SHARD_HEADER_BYTES + 2 * tokens
-    if magic != SHARD_MAGIC:
-        raise DataError(f"{path}: magic number {magic} is not {SHARD_MAGIC}; this is not a token shard")
-    if version != SHARD_VERSION:
-        raise DataError(f"{path}: shard version {version} is not {SHARD_VERSION}; make the shard anew")
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        rule = f"{SHARD_MAGIC} or shard version {version} is not {SHARD_VERSION}"
+        raise DataError(f"{path}: magic number {magic} is not {rule}; make the shard anew")
+    size, expected = path.stat().st_size, SHARD_HEADER_BYTES + 2 * tokens
     if tokens < 0 or size != expected:
         raise DataError(f"{path}: {size} bytes are not the {expected} of its {tokens} tokens; get it anew")
     # An empty file cannot be mapped.
@@ -650,18 +616,17 @@ def open_shard(path: Path) -> np.ndarray:
 
 def find_shards(folder: Path, split: str) -> list[Path]:
     """Return the shards of `split` ("train" or "val") in name order; raises DataError without any."""
-    paths = sorted(folder.glob(f"*_{split}_*.bin"))
-    if not paths:
-        remedy = "run `python data/text.py` (any text) or `python data/fineweb.py` (the contest's)"
-        raise DataError(f"DATA_PATH={folder}: no *_{split}_*.bin shard there; {remedy}, or set DATA_PATH")
-    return paths
+    if paths := sorted(folder.glob(f"*_{split}_*.bin")):
+        return paths
+    remedy = "run `python data/text.py` (any text) or `python data/fineweb.py` (the contest's)"
+    raise DataError(f"DATA_PATH={folder}: no *_{split}_*.bin shard there; {remedy}, or set DATA_PATH")
 
 
-def check_token_ids(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
-    """Raise DataError where a token id is not in the vocabulary."""
-    largest = int(tokens.max(initial=0))
-    if largest >= vocab_size:
+def check_token_ids(tokens: np.ndarray, vocab_size: int, path: Path) -> np.ndarray:
+    """Return `tokens` of `path`; raises DataError where a token id is not in the vocabulary."""
+    if (largest := int(tokens.max(initial=0))) >= vocab_size:
         raise DataError(f"{path}: token id {largest} is not below VOCAB_SIZE={vocab_size}; mend one of them")
+    return tokens
 
 
 class TokenStream:
@@ -688,8 +653,7 @@ class TokenStream:
             start %= self.total
             index = int(np.searchsorted(self.ends, start, side="right"))
             piece = self.shards[index][start - int(self.ends[index]) :][:count]
-            check_token_ids(piece, self.settings.vocab_size, self.paths[index])
-            pieces.append(piece)
+            pieces.append(check_token_ids(piece, self.settings.vocab_size, self.paths[index]))
             start, count = start + len(piece), count - len(piece)
         return np.concatenate(pieces).astype(np.int32)
 
@@ -700,18 +664,6 @@ class TokenStream:
         q = np.arange(rows) + (step * s.micro_batch_slots + slot) * rows
         starts = q % s.data_lanes * (self.total // s.data_lanes) + q // s.data_lanes * s.train_seq_len
         return torch.from_numpy(np.stack([self.read(int(start), s.train_seq_len + 1) for start in starts]))
-
-
-class ByteTable(NamedTuple):
-    """Bytes of token y after token x: base[y], plus 1 if leading_space[y] and not boundary[x]."""
-
-    base: np.ndarray
-    leading_space: np.ndarray
-    boundary: np.ndarray
-
-    def lengths(self, previous: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """Return the bytes of each `target` token after `previous`, both of shape (N,), as uint16 (N,)."""
-        return self.base[target] + (self.leading_space[target] & ~self.boundary[previous])
 
 
 class Tokenizer:
@@ -731,8 +683,7 @@ class Tokenizer:
                 raise ValueError
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError("neither a SentencePiece model with marker 1 nor pure bytes") from error
-        is_byte = self.model.is_byte if self.model else bool
-        self.byte_ids = {p[0]: token for token, p in enumerate(self.pieces) if p and is_byte(token)}
+        self.byte_ids = {p[0]: token for token, p in reversed([*enumerate(self.pieces)]) if len(p) == 1}
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -751,16 +702,19 @@ class Tokenizer:
         spaced = text.replace(WORD_START, " ").encode()
         return bytes.fromhex(text[3:5]) if self.model.is_byte(token) else spaced
 
-    def byte_table(self, exact: bool) -> ByteTable:
-        """Return the table that adds up to the raw documents (`exact`), or the contest's."""
-        # In the contest's a space that follows a marker is free (parameter-golf, build_sentencepiece_luts).
-        base = np.array([len(piece) for piece in self.pieces], dtype=np.uint16)
-        leading_space, boundary = np.zeros(len(base), dtype=bool), base == 0
-        for token in [] if exact or self.model is None else np.flatnonzero(~boundary).tolist():
+    def target_bytes(self, tokens: np.ndarray, exact: bool) -> np.ndarray:
+        """Return the bytes of tokens (N + 1,) without the first, uint16 (N,): those of the raw documents
+        (`exact`), or by the contest's rule: what follows a marker has its leading space for nothing
+        (parameter-golf, build_sentencepiece_luts)."""
+        size = np.array([len(piece) for piece in self.pieces], dtype=np.uint16)
+        if exact or self.model is None:
+            return size[tokens[1:]]
+        marker, spaced = size == 0, np.zeros(len(size), dtype=bool)
+        for token in np.flatnonzero(~marker).tolist():
             text = self.model.id_to_piece(token)
-            leading_space[token] = text.startswith(WORD_START)
-            base[token] = 1 if self.model.is_byte(token) else len(text.removeprefix(WORD_START).encode())
-        return ByteTable(base, leading_space, boundary)
+            spaced[token] = text.startswith(WORD_START)
+            size[token] = 1 if self.model.is_byte(token) else len(text.removeprefix(WORD_START).encode())
+        return size[tokens[1:]] + (spaced[tokens[1:]] & ~marker[tokens[:-1]])
 
     def encode(self, data: bytes) -> list[int]:
         """Return token ids with `decode(encode(data)) == data` for any bytes, by byte pieces if need be."""
@@ -772,15 +726,13 @@ class Tokenizer:
 
     def _encode_text(self, text: str) -> list[int]:
         """Encode valid text; what normalisation would change is cut down until characters go as bytes."""
-        if self.model is None or not text:
-            return self._encode_bytes(text)
-        ids = self.model.encode(text)
+        ids = self.model.encode(text) if self.model else []
         if self.decode(ids) == text.encode():
             return ids
         parts = [part for part in re.split(r"([^\S ]+| {2,})", text) if part]
+        if self.model is None or len(text) == 1 or (len(parts) == 1 and text.isspace()):
+            return self._encode_bytes(text)
         if len(parts) == 1:
-            if len(text) == 1 or text.isspace():
-                return self._encode_bytes(text)
             # One line of words: cut behind a space near the middle, so that words stay whole.
             cut = max(text.rfind(" ", 1, len(text) // 2 + 1), 0) or len(text) // 2
             parts = [text[:cut], text[cut:]]
@@ -797,23 +749,8 @@ class Tokenizer:
         return b"".join(map(self.pieces.__getitem__, ids))
 
 
-def read_manifest(folder: Path) -> dict | None:
-    """Return the manifest.json of data/text.py in `folder`, or None; raises DataError where it is damaged."""
-    path = folder / "manifest.json"
-    if not path.is_file():
-        return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        splits, tokenizer = manifest["splits"], manifest["tokenizer"]
-        _ = [(int(splits[split]["bytes"]), splits[split]["sha256"]) for split in ("train", "val")]
-        _ = tokenizer["sha256"], tokenizer["trained_here"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: not a manifest of data/text.py ({error!r}); make it anew") from error
-    return manifest
-
-
 class Dataset(NamedTuple):
-    """What a run reads; `stream` is None where nothing is trained."""
+    """What a run reads; `stream` is None where nothing is trained, `manifest` for shards without one."""
 
     stream: TokenStream | None
     val_tokens: np.ndarray  # (N + 1,) uint16
@@ -823,35 +760,45 @@ class Dataset(NamedTuple):
     hashes: dict[str, str]
 
 
+def read_manifest(path: Path) -> dict | None:
+    """Return a manifest.json of data/text.py, None without one; raises DataError where it is damaged."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        splits, tokenizer = manifest["splits"], manifest["tokenizer"]
+        _ = [(int(splits[split]["bytes"]), splits[split]["sha256"]) for split in ("train", "val")]
+        _ = tokenizer["sha256"], tokenizer["trained_here"]
+        return manifest
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: not a manifest of data/text.py ({error!r}); make it anew") from error
+
+
 def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Dataset:
     """Open everything under DATA_PATH and check it; `carried` is the tokenizer that came with an artifact.
 
     Raises DataError where files are missing or damaged, do not fit together or do not add up to the bytes
     that the manifest counted; SettingError where VOCAB_SIZE is not the tokenizer's."""
     folder = Path(settings.data_path)
-    paths, manifest = find_shards(folder, "val"), read_manifest(folder)
+    paths, manifest = find_shards(folder, "val"), read_manifest(folder / "manifest.json")
     tokenizer = carried or Tokenizer.load(Path(settings.tokenizer_path))
     if (size := len(tokenizer.pieces)) != settings.vocab_size:
         raise SettingError(f"VOCAB_SIZE={settings.vocab_size} is not the tokenizer's {size} pieces; set that")
-    if manifest and manifest["tokenizer"]["sha256"] != tokenizer.sha256:
-        raise DataError(f"{folder}: its shards were made with another tokenizer; set TOKENIZER_PATH to it")
-    shards = [open_shard(path) for path in paths]
-    for path, shard in zip(paths, shards, strict=True):
-        check_token_ids(shard, settings.vocab_size, path)
-    val_tokens = shards[0] if len(shards) == 1 else np.concatenate(shards)
-    if len(val_tokens) < 2:
+    shards = [check_token_ids(open_shard(path), settings.vocab_size, path) for path in paths]
+    if len(val_tokens := np.concatenate(shards)) < 2:
         raise DataError(f"{paths[0]}: {len(val_tokens)} validation tokens leave nothing to score; bring more")
+    target_bytes = tokenizer.target_bytes(val_tokens, exact=manifest is not None)
     hashes = {"val_sha256": shards_sha256(paths), "tokenizer_sha256": tokenizer.sha256}
-    table = tokenizer.byte_table(exact=manifest is not None)
     if manifest:
-        stated, size = manifest["splits"]["val"], int(table.base[val_tokens].sum())
-        if stated["sha256"] != hashes["val_sha256"]:
+        val, size = manifest["splits"]["val"], int(target_bytes.sum())
+        if manifest["tokenizer"]["sha256"] != tokenizer.sha256:
+            raise DataError(f"{folder}: shards were made with another tokenizer; set TOKENIZER_PATH to it")
+        if val["sha256"] != hashes["val_sha256"]:
             raise DataError(f"{folder}: manifest.json describes other validation shards; make it anew")
-        if stated["bytes"] != size:
-            raise DataError(f"{folder}: {stated['bytes']} raw val bytes, {size} in tokens; make it anew")
+        if val["bytes"] != size:
+            raise DataError(f"{folder}: {val['bytes']} raw val bytes, {size} in tokens; make it anew")
         hashes["train_sha256"] = manifest["splits"]["train"]["sha256"]
     stream = None if settings.eval_only else TokenStream(find_shards(folder, "train"), settings)
-    target_bytes = table.lengths(val_tokens[:-1], val_tokens[1:])
     return Dataset(stream, val_tokens, target_bytes, tokenizer, manifest, hashes)
 
 
@@ -2831,7 +2778,7 @@ def failure_of(error: BaseException) -> tuple[int, str]:
 def run_and_record(settings: Settings, process: Process, notes: list[str], artifact: Artifact | None) -> int:
     """Run, write result.json whatever happens, and return the exit code."""
     started = time.strftime("%Y%m%d-%H%M%S")
-    run_id = process.share(settings.run_id or f"{settings.recipe}-seed{settings.seed}-{started}")
+    run_id = process.share(settings.run_id or f"{settings.recipe}-seed{settings.seed}-{started}")[0]
     run_dir = Path(settings.run_dir or f"runs/{run_id}")
     if settings.eval_only and Path(settings.eval_only).resolve().parent == run_dir.resolve():
         raise SettingError(f"RUN_DIR={run_dir} holds the artifact's own run; name another folder")

@@ -52,7 +52,6 @@ import platform
 import re
 import shutil
 import signal
-import struct
 import sys
 import threading
 import time
@@ -146,7 +145,7 @@ RECIPES = {
         MATRIX_BITS=6 LOOKUP_BITS=6 EMBED_BITS=16 PSEUDO=pr864""",
 }
 
-# Names of other submissions: old:new where a setting here stands for it; the rest has no counterpart.
+# Names of other submissions: those that a setting here stands for, old:new, and those that none does.
 RENAMED = """LEAKY_RELU:MLP_ACTIVATION MLP_MULT_ENCODER:MLP_MULT MLP_MULT_DECODER:MLP_MULT SWA_ENABLED:AVERAGE
     VE_ENABLED:VE_LAYERS USE_BIGRAMHASH:BIGRAM_VOCAB_SIZE USE_SMEARGATE:SMEAR_GATE INT6_LAST_N:MATRIX_BITS
     USE_VALUE_RESIDUAL:VALUE_RESIDUAL USE_GATED_ATTENTION:GATED_ATTN SWA_START_FRAC:SWA_START_SCALE
@@ -304,7 +303,7 @@ class Settings:
     # exact n-gram cache
     ngram_cache: str = choice("exact none", "cache that the final score mixes in", "scoring")
     cache_max_order: int = setting(16, "longest n-gram of the cache", 2, 64, stored="scoring")
-    cache_document_order: int = setting(4, "longest of a document's; 0: none", 0, 64, stored="scoring")
+    cache_document_order: int = setting(4, "longest per document too; 0: none", 0, 64, stored="scoring")
     cache_chunk_tokens: int = setting(512, "targets between updates of the gate", 1, 2**20, stored="scoring")
     cache_hidden: int = setting(32, "hidden units of the gate", 1, 4_096, stored="scoring")
     cache_steps: int = setting(2, "Adam steps on each priced chunk", 1, 100, stored="scoring")
@@ -446,9 +445,8 @@ class Process:
 
     def start_gather(self, bank: Tensor) -> list:
         """Start filling `bank` with every rank's own slice; wait for the handles."""
-        if self.world_size == 1:
-            return []
-        return [dist.all_gather(list(bank.chunk(self.world_size)), self.own(bank).clone(), async_op=True)]
+        parts = list(bank.chunk(self.world_size))
+        return [dist.all_gather(parts, self.own(bank).clone(), async_op=True)] if len(parts) > 1 else []
 
     def share(self, value: object) -> list:
         """Return every rank's `value`, by rank, on every rank."""
@@ -602,8 +600,7 @@ def shards_sha256(paths: list[Path]) -> str:
 
 def open_shard(path: Path) -> np.ndarray:
     """Return a shard's tokens, memory-mapped uint16; raises DataError naming the file and its fault."""
-    with open(path, "rb") as file:
-        magic, version, tokens = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
+    magic, version, tokens, *_ = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0]
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         rule = f"{SHARD_MAGIC} or shard version {version} is not {SHARD_VERSION}"
         raise DataError(f"{path}: magic number {magic} is not {rule}; make the shard anew")
@@ -648,14 +645,12 @@ class TokenStream:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Return `count` tokens from position `start` on, int32; the first shard follows the last."""
-        pieces = []
-        while count:
-            start %= self.total
-            index = int(np.searchsorted(self.ends, start, side="right"))
-            piece = self.shards[index][start - int(self.ends[index]) :][:count]
-            pieces.append(check_token_ids(piece, self.settings.vocab_size, self.paths[index]))
-            start, count = start + len(piece), count - len(piece)
-        return np.concatenate(pieces).astype(np.int32)
+        start %= self.total
+        index = int(np.searchsorted(self.ends, start, side="right"))
+        piece = self.shards[index][start - int(self.ends[index]) :][:count].astype(np.int32)
+        check_token_ids(piece, self.settings.vocab_size, self.paths[index])
+        rest = count - len(piece)
+        return np.concatenate((piece, self.read(start + len(piece), rest))) if rest else piece
 
     def batch(self, step: int, slot: int) -> Tensor:
         """Return micro-batch `slot` of `step`: (B, T + 1) int32, inputs and targets overlapping by T."""
@@ -691,7 +686,7 @@ class Tokenizer:
         try:
             return cls(path.read_bytes())
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
+            reason = getattr(error, "strerror", error)
             raise DataError(f"TOKENIZER_PATH={path}: {reason}; set it to the shards' own") from error
 
     def _piece(self, token: int) -> bytes:
@@ -790,13 +785,12 @@ def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Datase
     target_bytes = tokenizer.target_bytes(val_tokens, exact=manifest is not None)
     hashes = {"val_sha256": shards_sha256(paths), "tokenizer_sha256": tokenizer.sha256}
     if manifest:
-        val, size = manifest["splits"]["val"], int(target_bytes.sum())
         if manifest["tokenizer"]["sha256"] != tokenizer.sha256:
             raise DataError(f"{folder}: shards were made with another tokenizer; set TOKENIZER_PATH to it")
-        if val["sha256"] != hashes["val_sha256"]:
-            raise DataError(f"{folder}: manifest.json describes other validation shards; make it anew")
-        if val["bytes"] != size:
-            raise DataError(f"{folder}: {val['bytes']} raw val bytes, {size} in tokens; make it anew")
+        val, found = manifest["splits"]["val"], (hashes["val_sha256"], int(target_bytes.sum()))
+        if found != (val["sha256"], val["bytes"]):
+            fault = f"describes other validation shards: {val['bytes']} raw val bytes, {found[1]} in tokens"
+            raise DataError(f"{folder}: manifest.json {fault}; make it anew")
         hashes["train_sha256"] = manifest["splits"]["train"]["sha256"]
     stream = None if settings.eval_only else TokenStream(find_shards(folder, "train"), settings)
     return Dataset(stream, val_tokens, target_bytes, tokenizer, manifest, hashes)
@@ -1378,15 +1372,13 @@ class Averages:
 # ============================================================================================================
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFGPT\n", 1
-ARTIFACT_PREFIX = struct.Struct("<8sII")  # magic, version, bytes of the header
+PREFIX_BYTES = 16  # magic, then version and length of the header as little-endian uint32
 MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES = 1_000_000, 2**30
 BITS = {"int8": 8, "int6": 6, "int5": 5}  # kinds of quantized tensors
-FLOATS = {"float16": "<f2", "float32": "<f4"}  # kinds of all others
-COLUMNS = ("|i1", *FLOATS.values())  # NumPy types of all that is stored, in the order of the file
-SMALLEST_SCALE = 2.0**-24  # least positive float16
+COLUMNS = ("int8", "float16", "float32")  # NumPy types of all that is stored, in the order of the file
 PERCENTILES = (1.0, 0.99999, 0.9999, 0.9995, 0.999)  # of a row's absolute values, where QUANT_SEARCH clips
 XZ_MAGIC = b"\xfd7zXZ\0"
-ARTIFACT_FAULTS = (ValueError, KeyError, TypeError, zstandard.ZstdError, lzma.LZMAError)
+ARTIFACT_FAULTS = (ValueError, KeyError, TypeError, SettingError, zstandard.ZstdError, lzma.LZMAError)
 
 
 def restore_rows(integers: Tensor, scale: Tensor) -> Tensor:
@@ -1408,7 +1400,7 @@ def quantize_rows(weight: Tensor, bits: int, search=False, floor=False) -> tuple
     places = [(1 - p) * (weight.size(1) - 1) for p in (PERCENTILES if search else (1.0,))]
     top = weight.abs().topk(min(int(max(places)) + 2, weight.size(1)), dim=1).values
     clips = [torch.lerp(top[:, int(x)], top[:, min(int(x) + 1, top.size(1) - 1)], x % 1) for x in places]
-    least = 1 / limit if floor else SMALLEST_SCALE
+    least = 1 / limit if floor else 2.0**-24  # the least positive float16
     scales = (torch.stack(clips) / limit).clamp(min=least).to(torch.float16)  # (percentiles, R)
     scale = scales[0]
     if search:
@@ -1497,20 +1489,19 @@ class QuantizationAware(nn.Module):
 
 
 def stored_parts(shape, kind: str) -> list[tuple[str, int]]:
-    """Return NumPy type and length of the arrays that stand for a tensor: integers and scales, or itself."""
+    """Return column and length of the arrays that stand for a tensor: integers and scales, or itself."""
     count = math.prod(shape)
-    return [("|i1", count), ("<f2", shape[0])] if kind in BITS else [(FLOATS[kind], count)]
+    return [("int8", count), ("float16", shape[0])] if kind in BITS else [(kind, count)]
 
 
 def byte_planes(array: np.ndarray) -> bytes:
     """Return all first bytes, then all second bytes, ...: floats compress better that way."""
-    return np.ascontiguousarray(array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T).tobytes()
+    return array.view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
 
 
 def from_byte_planes(data: bytes, dtype: np.dtype) -> np.ndarray:
     """Undo `byte_planes`."""
-    planes = np.frombuffer(data, np.uint8).reshape(dtype.itemsize, -1)
-    return np.ascontiguousarray(planes.T).reshape(-1).view(dtype)
+    return np.frombuffer(data, np.uint8).reshape(dtype.itemsize, -1).T.copy().reshape(-1).view(dtype)
 
 
 def compress_smallest(payload: bytes, compressor: str = "zstd") -> bytes:
@@ -1520,9 +1511,8 @@ def compress_smallest(payload: bytes, compressor: str = "zstd") -> bytes:
     # No level is best on quantized weights: 22 varies by several percent, 1 (Huffman almost alone) is steady.
     base = zstandard.ZstdCompressionParameters.from_level
     options = {"source_size": len(payload), "write_checksum": True}
-    candidates = [base(level, **options) for level in (1, 19, 22)] + [base(19, min_match=7, **options)]
-    frames = (zstandard.ZstdCompressor(compression_params=c).compress(payload) for c in candidates)
-    return min(frames, key=len)
+    ways = [base(level, **options) for level in (1, 19, 22)] + [base(19, min_match=7, **options)]
+    return min((zstandard.ZstdCompressor(compression_params=way).compress(payload) for way in ways), key=len)
 
 
 def require(holds: bool, fault: str) -> None:
@@ -1544,59 +1534,50 @@ class Artifact(NamedTuple):
 
 def pack_artifact(weights: dict[str, Tensor], settings: Settings, tokenizer: Tokenizer, embed: bool) -> bytes:
     """Return the artifact file; `embed`: with the tokenizer itself. NonFiniteError beyond float16's range."""
-    s, tensors = settings, []
-    columns: dict[str, list[np.ndarray]] = {dtype: [] for dtype in COLUMNS}
+    s, tensors, arrays = settings, [], []
     for name, tensor in weights.items():
         kind, tensor = tensor_kind(name, tensor, s), tensor.detach().float().cpu()
-        tensors.append([name, list(tensor.shape), kind])
         parts = (tensor.half() if kind == "float16" else tensor,)
         if kind in BITS:
             parts = quantize_rows(prune(tensor, s.prune_pct), BITS[kind], s.quant_search, s.quant_scale_floor)
-        if not bool(torch.isfinite(parts[-1]).all()):
+        if not parts[-1].isfinite().all():
             raise NonFiniteError(f"{name}: a weight is infinite or no number; lower the learning rates")
-        for part, (dtype, _) in zip(parts, stored_parts(tensor.shape, kind), strict=True):
-            columns[dtype].append(part.numpy().astype(dtype).reshape(-1))
+        tensors.append([name, list(tensor.shape), kind])
+        arrays += [part.numpy().reshape(-1) for part in parts]
+    columns = [[array for array in arrays if array.dtype == name] for name in COLUMNS]
     embedded = tokenizer.source if embed else b""
-    payload = b"".join([*(byte_planes(np.concatenate(c)) for c in columns.values() if c), embedded])
+    payload = b"".join(byte_planes(np.concatenate(column)) for column in columns if column) + embedded
     named = {"sha256": tokenizer.sha256, "bytes": len(embedded)}
     header = {"settings": s.stored_values(), "tensors": tensors, "tokenizer": named}
-    header_bytes = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
-    prefix = ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(header_bytes))
-    body = prefix + header_bytes + compress_smallest(payload, s.compressor)
+    text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
+    prefix = ARTIFACT_MAGIC + np.array([ARTIFACT_VERSION, len(text)], "<u4").tobytes()
+    body = prefix + text + compress_smallest(payload, s.compressor)
     return body + hashlib.sha256(body).digest()
 
 
-def stored_settings(values: Mapping[str, object]) -> Settings:
-    """Return Settings with an artifact's stored values; raises ValueError unless they are all valid."""
-    expected = Settings().stored_values()
-    same = isinstance(values, dict) and values.keys() == expected.keys()
-    require(same, "its header does not hold the settings that this script stores")
+def check_header(header: dict) -> tuple[Settings, list[tuple[str, list[int], str]]]:
+    """Return an artifact's settings and tensor list (name, shape, kind); raises ValueError, SettingError or
+    TypeError unless the settings are complete and valid and the tensors those of the model they describe."""
+    values, tensors, expected = header["settings"], header["tensors"], Settings().stored_values()
+    require(set(values) == set(expected), "its header does not hold the settings that this script stores")
     for name, default in expected.items():
         require(type(values[name]) is type(default), f"its header gives {name} as {values[name]!r}")
-    try:
-        return Settings(**values, eval_only="artifact", val_batch_size=2**30)  # batches that break no rule
-    except SettingError as error:
-        raise ValueError(f"its header is not valid: {error}") from error
-
-
-def check_tensors(tensors: list, settings: Settings) -> list[tuple[str, list[int], str]]:
-    """Return the header's tensor list, or raise ValueError unless it is the one that `settings` call for."""
+    settings = Settings(**values, eval_only="artifact", val_batch_size=2**30)  # batches that break no rule
     with torch.device("meta"):  # shapes without memory
-        expected = {name: list(parameter.shape) for name, parameter in GPT(settings).named_parameters()}
-    same = {name: shape for name, shape, _ in tensors} == expected and len(tensors) == len(expected)
-    require(same, "its tensors are not those of the model that its settings describe")
+        shapes = [[name, list(parameter.shape)] for name, parameter in GPT(settings).named_parameters()]
+    require([entry[:2] for entry in tensors] == shapes, "its tensors are not those of its settings' model")
     for name, shape, kind in tensors:
-        known = kind in FLOATS or (kind in BITS and len(shape) == 2)
+        known = kind in COLUMNS[1:] or (kind in BITS and len(shape) == 2)
         require(known, f"tensor {name} is stored as {kind!r}, which this script does not know")
-    return tensors
+    return settings, tensors
 
 
 def expand_frame(frame: bytes, size: int) -> bytes:
     """Return the `size` bytes of a zstd frame or xz stream; raises ValueError where it holds others."""
     if frame.startswith(XZ_MAGIC):
-        decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**28)
-        data = decompressor.decompress(frame, max_length=size + 1)
-        exact = len(data) == size and decompressor.eof and not decompressor.unused_data
+        stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**28)
+        data = stream.decompress(frame, max_length=size + 1)
+        exact = len(data) == size and stream.eof and not stream.unused_data
         require(exact, f"its xz stream does not hold the {size} bytes that its header needs")
         return data
     claimed, data = zstandard.frame_content_size(frame), bytearray()
@@ -1609,46 +1590,34 @@ def expand_frame(frame: bytes, size: int) -> bytes:
     return bytes(data)
 
 
-def unpack_tensors(tensors: list[tuple[str, list[int], str]], payload: io.BytesIO) -> dict[str, Tensor]:
-    """Return the float32 weights that the payload holds: all integers, then all float16, then all float32."""
-    layout = [part for _, shape, kind in tensors for part in stored_parts(shape, kind)]
-    columns, weights = {}, {}
-    for dtype in map(np.dtype, COLUMNS):
-        counts = [count for stored, count in layout if stored == dtype.str]
-        column = torch.from_numpy(from_byte_planes(payload.read(sum(counts) * dtype.itemsize), dtype).copy())
-        columns[dtype.str] = iter(column.split(counts))
-    for name, shape, kind in tensors:
-        first, *scales = (next(columns[dtype]) for dtype, _ in stored_parts(shape, kind))
-        first = first.reshape(shape)
-        weights[name] = restore_rows(first, *scales) if kind in BITS else first.float()
-    return weights
-
-
 def unpack_artifact(data: bytes) -> Artifact:
-    """Return the content of an artifact file; raises ValueError, or a kind of it, with the reason."""
+    """Return the content of an artifact file; raises one of ARTIFACT_FAULTS with the reason."""
     require(data.startswith(ARTIFACT_MAGIC), "it does not start with an artifact's magic bytes")
-    require(len(data) >= ARTIFACT_PREFIX.size + 32, "it is truncated")
-    _, version, header_size = ARTIFACT_PREFIX.unpack_from(data)
-    known = version == ARTIFACT_VERSION
-    require(known, f"format version {version}, this script reads version {ARTIFACT_VERSION}")
+    require(len(data) >= PREFIX_BYTES + 32, "it is truncated")
+    version, header_size = np.frombuffer(data, "<u4", 2, len(ARTIFACT_MAGIC)).tolist()
+    require(version == ARTIFACT_VERSION, f"format version {version}, this script reads {ARTIFACT_VERSION}")
     intact = hashlib.sha256(data[:-32]).digest() == data[-32:]
     require(intact, "its SHA-256 does not match: truncated or altered")
-    header_end = ARTIFACT_PREFIX.size + header_size
-    fits = header_size <= MAX_HEADER_BYTES and header_end <= len(data) - 32
-    require(fits, f"a header of {header_size} bytes does not fit")
-    header = json.loads(data[ARTIFACT_PREFIX.size : header_end])
-    settings = stored_settings(header["settings"])
-    tensors = check_tensors(header["tensors"], settings)
+    end = PREFIX_BYTES + header_size
+    require(end <= min(len(data) - 32, MAX_HEADER_BYTES), f"a header of {header_size} bytes does not fit")
+    header = json.loads(data[PREFIX_BYTES:end])
+    settings, tensors = check_header(header)
     named_sha256, embedded = header["tokenizer"]["sha256"], header["tokenizer"]["bytes"]
     parts = [part for _, shape, kind in tensors for part in stored_parts(shape, kind)]
-    needed = sum(np.dtype(dtype).itemsize * count for dtype, count in parts)
+    counts = {np.dtype(name): [n for column, n in parts if column == name] for name in COLUMNS}
+    needed = sum(dtype.itemsize * sum(lengths) for dtype, lengths in counts.items())
     possible = type(embedded) is int and 0 <= embedded <= needed + embedded <= MAX_PAYLOAD_BYTES
     require(possible, f"its header needs {needed} and {embedded!r} bytes, which no artifact has")
-    payload = io.BytesIO(expand_frame(data[header_end:-32], needed + embedded))
-    weights = unpack_tensors(tensors, payload)
+    payload, columns, weights = io.BytesIO(expand_frame(data[end:-32], needed + embedded)), {}, {}
+    for dtype, lengths in counts.items():
+        column = from_byte_planes(payload.read(dtype.itemsize * sum(lengths)), dtype)
+        columns[dtype.name] = iter(torch.from_numpy(column).split(lengths))
+    for name, shape, kind in tensors:
+        first, *scales = (next(columns[column]) for column, _ in stored_parts(shape, kind))
+        first = first.reshape(shape)
+        weights[name] = restore_rows(first, *scales) if kind in BITS else first.float()
     tokenizer = Tokenizer(payload.read()) if embedded else None
-    same = tokenizer is None or tokenizer.sha256 == named_sha256
-    require(same, "its tokenizer is not the one its header names")
+    require(not embedded or tokenizer.sha256 == named_sha256, "its tokenizer is not the one its header names")
     sha256 = hashlib.sha256(data).hexdigest()
     return Artifact(settings.stored_values(), weights, tokenizer, named_sha256, sha256, len(data))
 

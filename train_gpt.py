@@ -2,10 +2,6 @@
 
 One file, read from top to bottom; every section uses only what stands above it.
 
-    environment -> Settings -> shards -> GPT.logits -> Optimizers -> Averages -> artifact.bin --(disk)--> GPT
-                                                                                                           |
-             result.json <- Ledger (nats, tokens, bytes) <- mix_prices <- ScoredChunk <--------------------+
-
     section                        comes in                  goes out
     1  SETTINGS                    environment mapping       Settings, frozen and checked
     2  PROCESS AND LOG             Settings, torchrun        Process (rank, device), Log, Clock
@@ -21,14 +17,12 @@ One file, read from top to bottom; every section uses only what stands above it.
     12  RUN                        all of the above          run folder, exit code
 
 Launch:
-
     make run                                                      two CPU cores, a few minutes
     torchrun --standalone --nproc_per_node=8 train_gpt.py         8 GPUs, the contest's baseline
     SEED=2 MATRIX_LR=0.03 torchrun ... train_gpt.py               every setting is an environment variable
     EVAL_ONLY=runs/<RUN_ID>/artifact.bin python train_gpt.py      score an existing artifact
 
 The last line of every complete run:
-
     final val_bpb:<8 decimals> val_loss:<8 decimals> artifact_bytes:<n> train_seconds:<s> eval_seconds:<s>
 
 Units: logarithms are natural inside (nats), base 2 in reports (bits per byte of raw UTF-8 text); sizes are
@@ -127,10 +121,9 @@ RECIPES = {
         TRAIN_LOG_EVERY=2 VAL_LOSS_EVERY=2 VAL_BATCH_SIZE=1024 EVAL_STRIDE=8 EMA_DECAY=0.8""",
     # The five reference submissions, by pull request of openai/parameter-golf: what their code does, not what
     # their READMEs say (779's, 834's: value residual, gated attention). Repaired where the code never acted:
-    # quantization-aware training (its switch folded away, or no weight passed through) uses the exporter's
-    # quantizer and reaches the embeddings; SWA, collected and dropped by 890, 779, 834, may be exported.
-    # Weights are chosen on held-out training tokens (864: validation text), the clipped norm is global (864:
-    # local), gains are stored as float32 (890, 779, 834: float16), percentiles searched per row.
+    # quantization-aware training uses the exporter's quantizer and reaches the embeddings; SWA, collected and
+    # dropped by 890, 779, 834, may be exported. Weights are chosen on held-out training tokens (864:
+    # validation text), the clipped norm is global (864: local), gains are float32 (890, 779, 834: float16).
     "pr890": f"{WIDE} BIGRAM_VOCAB_SIZE=4096 EVAL_STRIDE=32 PSEUDO=pr890",
     "pr810": f"""{REFERENCE} NUM_LAYERS=10 MLP_MULT=3 SMEAR_GATE=twentieth BIGRAM_VOCAB_SIZE=2048
         BIGRAM_HASH=linear XSA_LAST_N=4 PRE_ENRICH_DIM=768 UNET_LONGER_HALF=encoder EMBED_INIT=overtone
@@ -164,10 +157,8 @@ OTHER_TOOLS = {"COMPILER", "MODEL_DIR", "DATASET_PATH", "OMP_NUM_THREADS"}
 
 
 def setting(default, doc: str, low=None, high=None, choices=None, stored: str = ""):
-    """Return a dataclass field with its rule: inclusive range, allowed values, and what artifacts store.
-
-    `stored` is "shape" where the weights depend on the value (it cannot differ from the artifact's) and
-    "scoring" where only the printed score does (the artifact's value is a default)."""
+    """Return a dataclass field with its rule: inclusive range, allowed values, and what artifacts store:
+    "shape" where the weights depend on it (it cannot differ), "scoring" where the score does (a default)."""
     rule = {"doc": doc, "low": low, "high": high, "choices": choices, "stored": stored}
     return dataclasses.field(default=default, metadata=rule)
 
@@ -312,7 +303,6 @@ class Settings:
     @classmethod
     def from_env(cls, mapping: Mapping[str, str], stored: Mapping[str, object] | None = None) -> Settings:
         """Return the settings that `mapping` (variable -> text) asks for; `stored` are an artifact's values.
-
         Raises SettingError naming variable, value, rule and remedy. Pure: looks at its arguments only."""
         fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
         for name in sorted(mapping.keys() - fields.keys() - OTHER_TOOLS):
@@ -346,12 +336,11 @@ class Settings:
         s, slots = self, self.micro_batch_slots
         row, val_row = slots * s.train_seq_len, slots * s.window
         ragged = not s.eval_only and s.train_batch_tokens % row
-        rotary = s.rope_dims % 2 or s.rope_dims > s.head_dim
+        rotary, last = s.rope_dims % 2 or s.rope_dims > s.head_dim, max(s.value_layers, default=0)
         qat = re.fullmatch(r"off|step0|(scale|time):(0\.\d+|1)", s.qat_start)
         no_ema = not s.ema_decay and (s.average == "mean" or s.swa_source == "ema")
         no_qat = s.qat_start == "off" and (s.soft_round_qat or s.crown_q_lambda)
         power = 1 << s.ngram_buckets.bit_length() >> 1
-        last = max(s.value_layers, default=0)
         gated = s.pseudo == "pr834" or bool(s.eval_only and s.gate_head)
         for name, broken, rule, number in (
             ("MODEL_DIM", s.model_dim % (2 * s.num_heads), "an even multiple of NUM_HEADS", s.num_heads),
@@ -577,9 +566,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 # ============================================================================================================
 # 3 DATA. In: shard files, a tokenizer, perhaps a manifest.json of data/text.py. Out: `Dataset`: training
-# batches as a pure function of (step, slot), validation tokens, the bytes of each validation target. Every
-# header, length and token id is checked before a token reaches the device. Bytes are those of the raw
-# documents: where a manifest states them, they must be met exactly.
+# batches as a pure function of (step, slot), validation tokens, the bytes of each target: those of the raw
+# documents, which a manifest states. Headers, lengths and token ids are checked before the device sees them.
 # ============================================================================================================
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
@@ -628,9 +616,8 @@ def check_token_ids(tokens: np.ndarray, vocab_size: int, path: Path) -> np.ndarr
 
 class TokenStream:
     """Training tokens as one endless stream over all shards; a batch is a pure function of its number.
-
-    The stream is cut into equal lanes that are read side by side: sequence q is row q // lanes of lane
-    q % lanes. One lane is the contest's order; more lanes put distant documents into one small batch."""
+    Equal lanes are read side by side: sequence q is row q // lanes of lane q % lanes. One lane is the
+    contest's order; more lanes put distant documents into one small batch."""
 
     def __init__(self, paths: list[Path], settings: Settings) -> None:
         self.paths, self.settings = paths, settings
@@ -712,29 +699,23 @@ class Tokenizer:
         return size[tokens[1:]] + (spaced[tokens[1:]] & ~marker[tokens[:-1]])
 
     def encode(self, data: bytes) -> list[int]:
-        """Return token ids with `decode(encode(data)) == data` for any bytes, by byte pieces if need be."""
-        text = data.decode("utf-8", errors="surrogateescape")
-        # A literal U+2581 would come back as a space, an undecodable byte is not text: bytes for both.
-        stretches = enumerate(re.split(f"([{WORD_START}\udc80-\udcff]+)", text))
-        encoders = (self._encode_text, self._encode_bytes)
-        return [token for index, stretch in stretches for token in encoders[index % 2](stretch)]
-
-    def _encode_text(self, text: str) -> list[int]:
-        """Encode valid text; what normalisation would change is cut down until characters go as bytes."""
-        ids = self.model.encode(text) if self.model else []
-        if self.decode(ids) == text.encode():
+        """Return token ids with `decode(encode(data)) == data` for any bytes: pieces where they are the text,
+        byte pieces where the model's normalisation would change it."""
+        ids = self.model.encode(data) if self.model else self._encode_bytes(data)
+        if self.decode(ids) == data:
             return ids
-        parts = [part for part in re.split(r"([^\S ]+| {2,})", text) if part]
-        if self.model is None or len(text) == 1 or (len(parts) == 1 and text.isspace()):
-            return self._encode_bytes(text)
-        if len(parts) == 1:
-            # One line of words: cut behind a space near the middle, so that words stay whole.
-            cut = max(text.rfind(" ", 1, len(text) // 2 + 1), 0) or len(text) // 2
-            parts = [text[:cut], text[cut:]]
-        return [token for part in parts for token in self._encode_text(part)]
+        ids = []
+        # White space but single spaces goes alone: normalisation would join it to the word that follows.
+        for part in re.split(rb"([^\S ]+| {2,})", data):
+            found, done = self.model.encode(part, return_type="offset_mapping", return_bytes=True), 0
+            for token, (start, end) in zip(found["ids"], found["offsets"], strict=True):
+                if self.pieces[token] == part[start:end]:
+                    ids += [*self._encode_bytes(part[done:start]), token]
+                    done = end
+            ids += self._encode_bytes(part[done:])
+        return ids
 
-    def _encode_bytes(self, text: str) -> list[int]:
-        data = text.encode("utf-8", errors="surrogateescape")
+    def _encode_bytes(self, data: bytes) -> list[int]:
         if missing := set(data) - self.byte_ids.keys():
             raise DataError(f"the tokenizer has no piece for byte {min(missing)}; use one with byte fallback")
         return [self.byte_ids[value] for value in data]
@@ -759,9 +740,8 @@ def read_manifest(path: Path) -> dict | None:
     """Return a manifest.json of data/text.py, None without one; raises DataError where it is damaged."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        splits, tokenizer = manifest["splits"], manifest["tokenizer"]
-        _ = [(int(splits[split]["bytes"]), splits[split]["sha256"]) for split in ("train", "val")]
-        _ = tokenizer["sha256"], tokenizer["trained_here"]
+        corpus, val, tokenizer = manifest["splits"]["train"], manifest["splits"]["val"], manifest["tokenizer"]
+        _ = int(val["bytes"]), val["sha256"], corpus["sha256"], tokenizer["sha256"], tokenizer["trained_here"]
         return manifest
     except FileNotFoundError:
         return None
@@ -771,7 +751,6 @@ def read_manifest(path: Path) -> dict | None:
 
 def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Dataset:
     """Open everything under DATA_PATH and check it; `carried` is the tokenizer that came with an artifact.
-
     Raises DataError where files are missing or damaged, do not fit together or do not add up to the bytes
     that the manifest counted; SettingError where VOCAB_SIZE is not the tokenizer's."""
     folder = Path(settings.data_path)
@@ -1366,9 +1345,8 @@ class Averages:
 # ============================================================================================================
 # 7 QUANTIZATION AND ARTIFACT. In: weights. Out: one file, and the weights that come back from it. The file
 # describes itself: magic, version, JSON header (settings, tensors, tokenizer), one zstd frame or xz stream,
-# SHA-256 of all before it. No pickle, no time, path or host: same weights, same bytes. A file that is not
-# exactly right is refused with a message, before anything of the size it claims is allocated. Training may
-# compute with what the file will hold: `QuantizationAware` calls the exporter's own quantizer.
+# SHA-256 of all before it. Same weights, same bytes. A file that is not exactly right is refused before
+# anything of the size it claims is allocated. `QuantizationAware` trains with the exporter's own quantizer.
 # ============================================================================================================
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFGPT\n", 1
@@ -1388,10 +1366,9 @@ def restore_rows(integers: Tensor, scale: Tensor) -> Tensor:
 
 def quantize_rows(weight: Tensor, bits: int, search=False, floor=False) -> tuple[Tensor, Tensor]:
     """Return (integers int8 (R, C), scales float16 (R,)) of a weight (R, C): symmetric, one scale per row.
-
-    Restored values are off by at most half a scale (and half the smallest scale for rows near zero), unless
-    `search` clips a row at the percentile with the least squared error. `floor` keeps scales at 1 / limit at
-    least (coarser, compresses better). Training and export both call this."""
+    Restored values are off by half a scale at most (half the smallest for rows near zero), unless `search`
+    clips a row at the percentile of least squared error. `floor` keeps scales at 1 / limit at least (coarser,
+    compresses better). Training and export both call this."""
     limit, weight = 2 ** (bits - 1) - 1, weight.float()
 
     def integers(scale: Tensor) -> Tensor:
@@ -1426,7 +1403,6 @@ def tensor_kind(name: str, tensor: Tensor, settings: Settings) -> str:
 
 class QuantizationAware(nn.Module):
     """The training loss of the model that the artifact will hold: every matrix passes the export quantizer.
-
     Gradients pass straight through (arXiv 1308.3432), or through a soft rounding that hardens as the
     learning-rate scale falls. Matrices of one width and precision are quantized as one: a small graph."""
 
@@ -1467,10 +1443,8 @@ class QuantizationAware(nn.Module):
         return weights
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Return the loss of the quantized model, as GPT.forward, and CROWN-Q (#779) on top.
-
-        CROWN-Q: CROWN_Q_LAMBDA / 12 * sum over matrices of mean(w^2 d^2), d = largest |w| of the row / limit.
-        """
+        """Return the loss of the quantized model, as GPT.forward, and CROWN-Q (#779) on top:
+        CROWN_Q_LAMBDA / 12 * sum over matrices of mean(w^2 d^2), d = largest |w| of the row / limit."""
         s, loss = self.settings, torch.func.functional_call(self.model, self.quantized(), inputs)
         for name, p in self.model.named_parameters() if s.crown_q_lambda else ():
             if parameter_role(name, p) in ("matrix", "projection"):
@@ -1596,8 +1570,7 @@ def unpack_artifact(data: bytes) -> Artifact:
     require(len(data) >= PREFIX_BYTES + 32, "it is truncated")
     version, header_size = np.frombuffer(data, "<u4", 2, len(ARTIFACT_MAGIC)).tolist()
     require(version == ARTIFACT_VERSION, f"format version {version}, this script reads {ARTIFACT_VERSION}")
-    intact = hashlib.sha256(data[:-32]).digest() == data[-32:]
-    require(intact, "its SHA-256 does not match: truncated or altered")
+    require(hashlib.sha256(data[:-32]).digest() == data[-32:], "its SHA-256 does not match: cut or altered")
     end = PREFIX_BYTES + header_size
     require(end <= min(len(data) - 32, MAX_HEADER_BYTES), f"a header of {header_size} bytes does not fit")
     header = json.loads(data[PREFIX_BYTES:end])
@@ -1613,9 +1586,8 @@ def unpack_artifact(data: bytes) -> Artifact:
         column = from_byte_planes(payload.read(dtype.itemsize * sum(lengths)), dtype)
         columns[dtype.name] = iter(torch.from_numpy(column).split(lengths))
     for name, shape, kind in tensors:
-        first, *scales = (next(columns[column]) for column, _ in stored_parts(shape, kind))
-        first = first.reshape(shape)
-        weights[name] = restore_rows(first, *scales) if kind in BITS else first.float()
+        flat, *scales = (next(columns[column]) for column, _ in stored_parts(shape, kind))
+        weights[name] = restore_rows(flat.reshape(shape), *scales) if scales else flat.reshape(shape).float()
     tokenizer = Tokenizer(payload.read()) if embedded else None
     require(not embedded or tokenizer.sha256 == named_sha256, "its tokenizer is not the one its header names")
     sha256 = hashlib.sha256(data).hexdigest()

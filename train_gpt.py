@@ -588,7 +588,8 @@ def shards_sha256(paths: list[Path]) -> str:
 
 def open_shard(path: Path) -> np.ndarray:
     """Return a shard's tokens, memory-mapped uint16; raises DataError naming the file and its fault."""
-    magic, version, tokens, *_ = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0]
+    start = np.fromfile(path, np.uint8, 12).tobytes().ljust(12, b"\0")
+    magic, version, tokens = np.frombuffer(start, "<i4").tolist()
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         rule = f"{SHARD_MAGIC} or shard version {version} is not {SHARD_VERSION}"
         raise DataError(f"{path}: magic number {magic} is not {rule}; make the shard anew")

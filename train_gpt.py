@@ -1124,11 +1124,6 @@ class GPT(nn.Module):
         """Return logits (B, T, V) in float32 for ids (B, T), or (B, last, V) for the last positions only."""
         return self.capped(self.hidden(ids, last), self.lm_head)
 
-    def gated_logits(self, ids: Tensor, last: int | None = None) -> Tensor:
-        """Return what `logits` returns and, of the same pass, the logits of the gate, (B, last, V + 7)."""
-        x = self.hidden(ids, last)
-        return torch.cat((self.capped(x, self.lm_head), self.gate_head(x).float()), dim=-1)
-
     def pseudo_loss(self, x: Tensor, logits: Tensor, targets: Tensor, ratios: Tensor) -> Tensor:
         """Return the mean pseudo-price of targets (B, T) in nats, by ratios (B, T, O) of `PseudoOracle`."""
         neural = torch.exp(-F.cross_entropy(logits, targets.flatten(), reduction="none")).view_as(targets)
@@ -1745,7 +1740,7 @@ class ScoredChunk(NamedTuple):
     targets: Tensor  # int64, their token ids
     logp: Tensor  # float32, log-probability of the target in nats
     entropy: Tensor  # float32, entropy of the whole distribution in nats
-    beside: Tensor  # (K, n) float32: log-probabilities of proposals, 0 for none, then the logits of a gate
+    beside: Tensor  # (K, n) float32: log-probabilities of proposals, 0 for none, then further columns
 
 
 def score_windows(
@@ -1753,7 +1748,7 @@ def score_windows(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield targets (n,) that windows of `plan` price, their rows of log-probabilities (n, V), and the rest.
 
-    `logits(ids, last)` is GPT.logits or GPT.gated_logits, perhaps compiled. Every pass has one of two shapes:
+    `logits(ids, last)` is GPT.logits or `pseudo_logits`, perhaps compiled. Every pass has one of two shapes:
     opening windows hand out all positions, later ones the last few; short batches are padded."""
     seq_len, priced = settings.window, plan[:, 2] - plan[:, 1]
     batch = settings.val_batch_size // settings.micro_batch_slots // seq_len
@@ -2215,16 +2210,20 @@ class PseudoRule(NamedTuple):
     gap: int = 0  # newest tokens that a context leaves out
     peeks: bool = False  # a match also needs F > 0, so the order depends on the target
     gated: bool = False  # a learned gate weighs all orders that match; there is no alpha
+    tau: float = 1.0  # of an adaptive temperature, see `pseudo_logits`
+    beside: int = 0  # columns of `pseudo_logits` that it needs: gate logits, temperature or confidence
 
 
 PSEUDO_RULES = {
     "pr864": PseudoRule(9, 65_536, 2**22, 2, 0.05, 0.60, 0.95, 1e-10, CENTERS_864, HASH_864, WEIGHTS_864),
     "pr890": PseudoRule(9, 32, 2**22, 2, 0.05, 0.60, 1.0, 1e-30, CENTERS_890, HASH_890, gap=1, peeks=True),
     # Without a match the ratio is 1 / V, for all rules; here alone it has weight.
-    "pr779": PseudoRule(7, 2**20, 2**22, 2, 0.05, 0.60, 1.0, 1e-12, (4.0,) * 7, HASH_779, (1.0,) * 7, 100),
+    "pr779": PseudoRule(
+        7, 2**20, 2**22, 2, 0.05, 0.6, 1.0, 1e-12, (4.0,) * 7, HASH_779, (1.0,) * 7, 100, tau=0.98, beside=3
+    ),
     # No code of it survives: clip, smallest count, table size and floor are guesses.
-    "pr810": PseudoRule(11, 16_384, 2**22, 2, 0.20, 0.75, 0.95, 1e-20, CENTERS_810, (), WEIGHTS_810),
-    "pr834": PseudoRule(7, 2**20, 2**20, 2, 0.0, 0.0, 0.0, 1e-12, (0.0,) * 7, gated=True),
+    "pr810": PseudoRule(11, 2**14, 2**22, 2, 0.20, 0.75, 0.95, 1e-20, CENTERS_810, (), WEIGHTS_810, beside=1),
+    "pr834": PseudoRule(7, 2**20, 2**20, 2, 0.0, 0.0, 0.0, 1e-12, (0.0,) * 7, gated=True, beside=GATES),
 }
 
 
@@ -2241,6 +2240,34 @@ def pseudo_rule(name: str, settings: Settings, gated: bool = False) -> PseudoRul
     if not (top := len(rule.centers)) >= rule.max_order >= 2:
         raise SettingError(f"NGRAM_MAX_ORDER={rule.max_order}: choose one of {name}'s orders, 2 to {top}")
     return rule
+
+
+def pseudo_logits(model: GPT):
+    """Return GPT.logits with columns for what rule PSEUDO needs of the same pass: (B, last, V + rule.beside).
+
+    #834: the logits of its gate. #810: how far pre-enrichment moves the smeared embedding, its L2 norm. #779:
+    T = clamp(1 - (1 - tau)(1 - H / ln V), 0.9, 1.05) of the entropy H; log sum of p^(1 / T); entropy at T."""
+    rule = PSEUDO_RULES[model.settings.pseudo]
+
+    def logits(ids: Tensor, last: int | None = None) -> Tensor:
+        x = model.hidden(ids, last)
+        logits, beside = model.capped(x, model.lm_head), x[..., :0]
+        if rule.gated:
+            beside = model.gate_head(x)
+        elif rule.tau < 1:
+            rows = logits.log_softmax(dim=-1)
+            share = -(rows.exp() * rows).sum(dim=-1, keepdim=True) / math.log(rows.size(-1))
+            heat = (1 - (1 - rule.tau) * (1 - share)).clamp(0.9, 1.05)
+            whole = (rows / heat).logsumexp(dim=-1, keepdim=True)
+            rows = rows / heat - whole
+            beside = torch.cat((heat, whole, -(rows.exp() * rows).sum(dim=-1, keepdim=True)), dim=-1)
+        elif rule.beside:
+            smeared = model.smeared(ids)[:, -x.size(1) :]
+            enriched = smeared if model.pre_enrich is None else model.pre_enrich(smeared)
+            beside = (enriched - smeared).float().norm(dim=-1, keepdim=True)
+        return torch.cat((logits, beside.float()), dim=-1)
+
+    return logits
 
 
 def pseudo_pairs(rule: PseudoRule, contexts: Tensor, targets: Tensor) -> Tensor:
@@ -2297,14 +2324,14 @@ def pseudo_counts(keys: Tensor, seen: Tensor, asked: Tensor, buckets: int) -> Te
     return counts
 
 
-def pseudo_mixture(name: str, tokens, entropy, settings: Settings, gate, at, whole=False, each=False):
+def pseudo_mixture(name: str, tokens, entropy, settings: Settings, beside, at, whole=False, each=False):
     """Return weight (Q, 1 or K) and share (Q, K) of the targets `at`, ascending: price = weight * p + share.
 
     Column 0 is the realised target; if `whole`, the tokens 0 ... V - 1 follow. C counts contexts, F contexts
     with a target, as the tables stand when it is priced; a ratio is min(F, C) / C. A gate weighs the ratios
     of all orders whose C suffices; for the other rules the highest such order counts, by alpha. Where F > 0
     matters as well, the realised target's decides for all columns, or `each` for itself."""
-    rule, V = pseudo_rule(name, settings, gate is not None), settings.vocab_size
+    rule, V = pseudo_rule(name, settings, beside is not None), settings.vocab_size
     # An array is copied, for PyTorch warns of memory-mapped ones.
     ids = tokens.int() if torch.is_tensor(tokens) else torch.from_numpy(tokens.astype(np.int32))
     keys, column = pseudo_keys(rule, ids), torch.arange(len(ids) - 1, device=ids.device)[at]
@@ -2318,7 +2345,7 @@ def pseudo_mixture(name: str, tokens, entropy, settings: Settings, gate, at, who
     matched, like = contexts >= rule.min_count, {"dtype": torch.float64, "device": ids.device}
     if rule.gated:
         ratios = torch.minimum(pairs, contexts).double() / contexts.clamp(min=1)
-        weights = pseudo_weights(torch.as_tensor(gate, **like)[at], matched[:, :, 0].t()).t()[:, :, None]
+        weights = pseudo_weights(torch.as_tensor(beside, **like)[at], matched[:, :, 0].t()).t()[:, :, None]
         return weights[0], (weights[1:] * ratios).sum(dim=0)
     if rule.peeks:
         matched = matched & ((pairs if each else pairs[:, :, :1]) > 0)
@@ -2330,39 +2357,44 @@ def pseudo_mixture(name: str, tokens, entropy, settings: Settings, gate, at, who
     centers, weights = (torch.tensor(curve, **like) for curve in (rule.centers, rule.weights))
     curve = torch.sigmoid(2 * (torch.as_tensor(entropy, **like)[at, None] - centers[level]))
     alpha = weights[level] * (rule.alpha_min + (rule.alpha_max - rule.alpha_min) * curve)
+    if beside is not None and rule.beside == 1:
+        moved, size = torch.as_tensor(beside, **like)[:, 0], rule.chunk_tokens
+        # The chunk's maximum looks ahead, as the reference's of a batch does. 0 / 0 is no pre-enrichment.
+        most = F.pad(moved, (0, -len(moved) % size)).view(-1, size).amax(dim=1)[column // size]
+        alpha = alpha * (0.5 + (moved[at] / most).nan_to_num(0.5))[:, None]
     alpha = alpha.clamp(max=rule.alpha_clip) * (seen >= rule.least)[:, None]
     return 1 - alpha, alpha * ratio
 
 
-def pseudo_stream(rule: str, tokens, logp, entropy, settings: Settings, gate=None) -> Tensor:
+def pseudo_stream(rule: str, tokens, logp, entropy, settings: Settings, beside=None) -> Tensor:
     """Return the pseudo log-probability of each target (N,), float64 nats, of a recorded stream.
 
-    Tensors or arrays: `tokens` (N + 1,); `logp`, `entropy` (N,) of the neural score in nats; `gate` (N, 7) of
-    `GPT.gated_logits`, for pr834. Chunk k is the targets 1 + k * C ... (k + 1) * C; its n-grams enter the
-    tables once all of it is priced. #810's confidence is 0.5. Raises SettingError."""
-    weight, share = pseudo_mixture(rule, tokens, entropy, settings, gate, slice(None))
+    Tensors or arrays: `tokens` (N + 1,); `logp`, `entropy` (N,) of the neural score in nats; `beside` (N, K)
+    of `pseudo_logits`, without which pr834 is refused and pr810's confidence is 0.5. Chunk k is the targets
+    1 + k * C ... (k + 1) * C; its n-grams enter the tables once all of it is priced. Raises SettingError."""
+    weight, share = pseudo_mixture(rule, tokens, entropy, settings, beside, slice(None))
     neural = torch.as_tensor(logp).to(share).exp()[:, None]
     return (weight * neural + share)[:, 0].clamp(min=PSEUDO_RULES[rule].floor).log()
 
 
-def pseudo_totals(rule: str, tokens, entropy, settings: Settings, at, rows=None, gate=None) -> Tensor:
+def pseudo_totals(rule: str, tokens, entropy, settings: Settings, at, rows=None, beside=None) -> Tensor:
     """Return what the pseudo-probabilities of the whole vocabulary sum to, (Q,) float64, before the floor.
 
     `at` (Q,), ascending, are targets counted from 0. Their neural log-probabilities `rows` (Q, V) matter to
     pr890 alone, where each candidate has an order of its own; without them the realised target's serves."""
     size, totals, each = max(1, PSEUDO_BLOCK // settings.vocab_size), [], rows is not None
     for part in (slice(first, first + size) for first in range(0, max(len(at), 1), size)):
-        weight, share = pseudo_mixture(rule, tokens, entropy, settings, gate, at[part], True, each)
+        weight, share = pseudo_mixture(rule, tokens, entropy, settings, beside, at[part], True, each)
         # Where the weight is one for all candidates, any neural distribution gives the same sum.
         neural = torch.as_tensor(rows[part]).to(share).exp() if each else 1 / settings.vocab_size
         totals.append((weight.expand_as(share)[:, 1:] * neural + share[:, 1:]).sum(dim=1))
     return torch.cat(totals)
 
 
-def pseudo_mass(rule: str, tokens, entropy, settings: Settings, every: int, gate=None) -> float:
+def pseudo_mass(rule: str, tokens, entropy, settings: Settings, every: int, beside=None) -> float:
     """Return the mean of `pseudo_totals` over the targets every, 2 * every, ..., the first target being 1."""
     at = np.arange(every, len(tokens), every) - 1
-    return float(pseudo_totals(rule, tokens, entropy, settings, at, gate=gate).mean())
+    return float(pseudo_totals(rule, tokens, entropy, settings, at, beside=beside).mean())
 
 
 def pseudo_targets(total: int, settings: Settings) -> np.ndarray:
@@ -2371,13 +2403,15 @@ def pseudo_targets(total: int, settings: Settings) -> np.ndarray:
     return np.arange(count) * total // max(count, 1)
 
 
-def pseudo_report(tokens, logp, entropy, target_bytes, settings: Settings, rows=None, gate=None):
+def pseudo_report(tokens, logp, entropy, target_bytes, settings: Settings, rows=None, beside=None):
     """Return what rule PSEUDO makes of a recorded stream, as a line and as numbers; see `pseudo_stream`.
 
     Mass, and bits per byte after division by each target's sum, are of `pseudo_targets`, as `rows` are."""
     rule, at = settings.pseudo, pseudo_targets(len(target_bytes), settings)
-    nats = -pseudo_stream(rule, tokens, logp, entropy, settings, gate)
-    totals = pseudo_totals(rule, tokens, entropy, settings, at, rows, gate)
+    if beside is not None and PSEUDO_RULES[rule].tau < 1:
+        logp, entropy = logp / beside[:, 0] - beside[:, 1], beside[:, 2]
+    nats = -pseudo_stream(rule, tokens, logp, entropy, settings, beside)
+    totals = pseudo_totals(rule, tokens, entropy, settings, at, rows, beside)
     bpb, mass = bits_per_byte(nats.sum(), target_bytes.sum()), float(totals.mean())
     proper = bits_per_byte((nats[at] + totals.log()).sum(), target_bytes[at].sum())
     why = f"probabilities sum to {mass:.4g} on average; after renormalisation {proper:.4f} bpb"
@@ -2412,9 +2446,10 @@ class PseudoOracle:
     def ratios(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Return min(F, C) / C by order of targets after ids, (B, T) each: (B, T, O) float32; -1: none."""
         keys = torch.cat(pseudo_keys(self.rule, torch.cat((ids, targets[:, -1:]), dim=1)))
-        context, pair = self.tables.gather(1, keys.flatten(1)).view(2, -1, *targets.shape)
+        counts = self.tables.gather(1, keys.flatten(1)).view(2, -1, *targets.shape).movedim(1, 2)
+        context, pair = counts.triu(1)  # the reference leaves out a context that begins with the row, too
         ratios = torch.minimum(pair, context) / context
-        return ratios.where(context >= self.rule.min_count, -1.0).movedim(0, -1)
+        return ratios.where(context >= self.rule.min_count, -1.0).transpose(1, 2)
 
     def beside(self, loss):
         """Return `loss` (of a GPT or what wraps it) as a function of ids and targets that looks ratios up."""
@@ -2625,13 +2660,14 @@ def score_final(
 
     Counting needs only tokens and comes first: what it expects, the model prices as well. Rank 0 mixes, so
     the score does not depend on the number of ranks. A pseudo-score goes to the log only."""
-    tokens, numbers, gates = dataset.val_tokens, {}, GATES * settings.gate_head
+    tokens, numbers, rule = dataset.val_tokens, {}, PSEUDO_RULES.get(settings.pseudo)
+    columns = rule.beside if rule else 0
     ids = torch.from_numpy(tokens.astype(np.int32)).to(process.device)
     known = recall(ids, settings) if settings.ngram_cache == "exact" else None
     proposals = known.proposals if known else ids.new_empty((0, len(ids) - 1))
     chunks = list(score_stream(logits, tokens, settings, settings.eval_stride, process, "score", proposals))
     final = account(chunks, dataset, process)
-    logp, entropy, *beside = hand_over(chunks, len(ids) - 1, len(proposals) + gates, process)
+    logp, entropy, *beside = hand_over(chunks, len(ids) - 1, len(proposals) + columns, process)
     if known:
         prices, weights = torch.zeros_like(logp), {}
         if process.is_main:
@@ -2646,13 +2682,13 @@ def score_final(
     line = f"final_score: window:{settings.window} stride:{settings.eval_stride} tokens:{final.tokens}"
     line += f" bytes:{final.bytes} val_loss:{final.val_loss:.8f} val_bpb:{final.val_bpb:.8f}"
     log.event("score", f"{line} eval_time:{clock.total_ms:.0f}ms", **final._asdict())
-    if settings.pseudo != "none":
-        at, peeks = pseudo_targets(len(ids) - 1, settings), PSEUDO_RULES[settings.pseudo].peeks
-        rows = score_sample(logits, tokens, at, settings, process) if peeks else None
+    if rule:
+        at = pseudo_targets(len(ids) - 1, settings)
+        rows = score_sample(logits, tokens, at, settings, process) if rule.peeks else None
         if process.is_main:
-            gate_logits = torch.stack(beside[-gates:], dim=1) if gates else None
+            needed = torch.stack(beside[-columns:], dim=1) if columns else None
             streams = (ids, logp, entropy, dataset.target_bytes)
-            line, pseudo = pseudo_report(*streams, settings, rows, gate_logits)
+            line, pseudo = pseudo_report(*streams, settings, rows, needed)
             log.event("pseudo", line, **pseudo)
     return {**final._asdict(), **numbers}
 
@@ -2666,7 +2702,7 @@ def evaluate(
     shape = {name: artifact.settings[name] for name in settings.stored_values(("shape",))}
     model = GPT(dataclasses.replace(settings, mtp_num_heads=0, **shape)).to(process.device)
     model.load_state_dict(artifact.weights)
-    body = model.gated_logits if settings.gate_head else model.logits
+    body = model.logits if settings.pseudo == "none" else pseudo_logits(model)
     logits = torch.compile(body, dynamic=False) if compiled else body
     final = score_final(logits, dataset, settings, process, log, clock)
     reference = {"xz_bpb": xz_bits_per_byte(dataset, log)} if process.is_main else {}

@@ -2066,7 +2066,7 @@ class Gate:
         return hidden, logits.masked_fill_(chunk.masked, -math.inf).softmax(dim=0)
 
     def learn(self, chunk: Chunk, forward: tuple[Tensor, Tensor]) -> None:
-        """Take CACHE_STEPS steps of Adam on the mean price of a chunk; `forward` is its forward pass.
+        """Take CACHE_STEPS steps of Adam (Kingma and Ba 2015) on a chunk's mean price; `forward` is its pass.
 
         The gradient of -log sum(w p) by the logits is w minus the experts' posterior w p / sum(w p)."""
         for step in range(self.steps):
@@ -2080,16 +2080,12 @@ class Gate:
             torch.sum(delta, dim=1, keepdim=True, out=bias)
             for table, rows in zip(tables, chunk.rows, strict=True):
                 table.zero_().index_add_(1, rows, back)
-            self.adam()
-
-    def adam(self) -> None:
-        """Take one step of Adam (Kingma and Ba 2015) with moments 0.9 and 0.99."""
-        self.updates += 1
-        self.moment1.lerp_(self.gradient, 0.1)
-        self.moment2.mul_(0.99).addcmul_(self.gradient, self.gradient, value=0.01)
-        rate = self.rate / (1 - 0.9**self.updates)
-        spread = (self.moment2 / (1 - 0.99**self.updates)).sqrt_().add_(1e-8)
-        self.flat.addcdiv_(self.moment1, spread, value=-rate)
+            self.updates += 1
+            self.moment1.lerp_(self.gradient, 0.1)
+            self.moment2.mul_(0.99).addcmul_(self.gradient, self.gradient, value=0.01)
+            rate = self.rate / (1 - 0.9**self.updates)
+            spread = (self.moment2 / (1 - 0.99**self.updates)).sqrt_().add_(1e-8)
+            self.flat.addcdiv_(self.moment1, spread, value=-rate)
 
 
 def plan_chunks(total: int, most: int) -> Iterator[slice]:
@@ -2231,8 +2227,7 @@ def pseudo_rule(name: str, settings: Settings, gated: bool = False) -> PseudoRul
     """Return the rule `name` with settings above 0 in place of its own; `gated`: gate logits are at hand."""
     names = [name for name, rule in PSEUDO_RULES.items() if gated or not rule.gated]
     if name not in names:
-        text = f"PSEUDO={name} is no rule for a stream without the logits of its gate"
-        raise SettingError(f"{text}; choose one of {', '.join(names)}")
+        raise SettingError(f"PSEUDO={name} is no rule without gate logits; choose one of {', '.join(names)}")
     own = (settings.ngram_max_order, settings.ngram_chunk_tokens, settings.ngram_buckets)
     own += (settings.ngram_min_count, settings.ngram_alpha_min, settings.ngram_alpha_max)
     pairs = zip(PseudoRule._fields, (*own, settings.ngram_alpha_clip), strict=False)
@@ -2251,7 +2246,7 @@ def pseudo_logits(model: GPT):
 
     def logits(ids: Tensor, last: int | None = None) -> Tensor:
         x = model.hidden(ids, last)
-        logits, beside = model.capped(x, model.lm_head), x[..., :0]
+        logits, beside = model.capped(x, model.lm_head), torch.zeros_like(x[..., : rule.beside])
         if rule.gated:
             beside = model.gate_head(x)
         elif rule.tau < 1:
@@ -2261,10 +2256,9 @@ def pseudo_logits(model: GPT):
             whole = (rows / heat).logsumexp(dim=-1, keepdim=True)
             rows = rows / heat - whole
             beside = torch.cat((heat, whole, -(rows.exp() * rows).sum(dim=-1, keepdim=True)), dim=-1)
-        elif rule.beside:
+        elif rule.beside and model.pre_enrich is not None:
             smeared = model.smeared(ids)[:, -x.size(1) :]
-            enriched = smeared if model.pre_enrich is None else model.pre_enrich(smeared)
-            beside = (enriched - smeared).float().norm(dim=-1, keepdim=True)
+            beside = (model.pre_enrich(smeared) - smeared).float().norm(dim=-1, keepdim=True)
         return torch.cat((logits, beside.float()), dim=-1)
 
     return logits
@@ -2436,8 +2430,7 @@ class PseudoOracle:
         try:
             for start in range(rank * ORACLE_BLOCK, stream.total, ranks * ORACLE_BLOCK):
                 block = torch.from_numpy(stream.read(start, min(ORACLE_BLOCK, stream.total - start)))
-                keys = pseudo_keys(self.rule, block.to(self.process.device))
-                pseudo_fill(self.tables, torch.cat(keys))
+                pseudo_fill(self.tables, torch.cat(pseudo_keys(self.rule, block.to(self.process.device))))
         except (DataError, OSError) as error:
             failure = error
         self.process.agree(0.0, failure)

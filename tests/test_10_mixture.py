@@ -333,6 +333,8 @@ def test_without_cache_and_with_a_closed_gate_the_score_is_the_neural_one(env, t
 
 
 def test_two_ranks_equal_one(env, tmp_path):
+    """The score, and the pseudo-score at a temperature that each rank takes from its own rows."""
+    env |= {"PSEUDO": "pr779", "NGRAM_BUCKETS": "64", "NGRAM_CHUNK_TOKENS": "50", "PSEUDO_SAMPLE": "40"}
     assert train_gpt.main(env) == 0
     again = {**env, "EVAL_ONLY": f"{env['RUN_DIR']}/artifact.bin", "RUN_DIR": str(tmp_path / "two")}
     assert torchrun(2, "train_gpt.py", env=again).returncode == 0
@@ -340,6 +342,9 @@ def test_two_ranks_equal_one(env, tmp_path):
     assert two["world_size"] == 2
     assert two["val_bpb"] == pytest.approx(one["val_bpb"], abs=1e-6)
     assert two["neural_bpb"] == pytest.approx(one["neural_bpb"], abs=1e-6)
+    (one,), (two,) = metrics_of(env, "pseudo"), metrics_of(again, "pseudo")
+    for name in ("pseudo_bpb", "mass", "renormalized_bpb"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5)
 
 
 @pytest.mark.parametrize(

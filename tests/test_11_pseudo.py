@@ -258,15 +258,20 @@ def run_model(rule, **more):
 
 
 def scored(settings, model, tokens, ranks=1, lost=()):
-    """Return logp, entropy (N,) and what else `ranks` ranks but those `lost` hand over, (N, K) or None."""
-    rule, parts = PSEUDO_RULES[settings.pseudo], []
+    """Return what `ranks` ranks but those `lost` hand over: logp, entropy (N,), the rest (N, K), sample."""
+    rule, parts, samples = PSEUDO_RULES[settings.pseudo], [], []
+    at, logits = pseudo_targets(len(tokens) - 1, settings), pseudo_logits(model)
     for rank in set(range(ranks)) - set(lost):
         share = train_gpt.Process(rank, ranks, torch.device("cpu"))
-        stream = train_gpt.score_stream(pseudo_logits(model), tokens, settings, 5, share, "test")
-        alone = types.SimpleNamespace(device=share.device, sum=lambda table: table)
-        parts.append(train_gpt.hand_over(list(stream), len(tokens) - 1, rule.beside, alone))
+        alone = types.SimpleNamespace(
+            rank=rank, world_size=ranks, device=share.device, sum=lambda table: table
+        )
+        alone.progress, alone.precision = share.progress, share.precision
+        stream = list(train_gpt.score_stream(logits, tokens, settings, 5, share, "test"))
+        parts.append(train_gpt.hand_over(stream, len(tokens) - 1, rule.beside, alone))
+        samples.append(train_gpt.score_sample(logits, tokens, at, settings, alone))
     logp, entropy, *beside = sum(parts)
-    return logp, entropy, torch.stack(beside, dim=1) if beside else None
+    return logp, entropy, torch.stack(beside, dim=1) if beside else None, sum(samples) if rule.peeks else None
 
 
 @pytest.mark.parametrize("rule", PSEUDO_RULES)
@@ -276,8 +281,8 @@ def test_one_and_eight_ranks_give_the_same(rule):
     tokens = recorded(333, 40, seed=7)[0]
     sizes, found = np.ones(333, np.int64), []
     for ranks, lost in ((1, ()), (8, ()), (8, (5,))):
-        logp, entropy, beside = scored(settings, model, tokens, ranks, lost)
-        numbers = pseudo_report(tokens, logp, entropy, sizes, settings, beside=beside)[1]
+        logp, entropy, beside, rows = scored(settings, model, tokens, ranks, lost)
+        numbers = pseudo_report(tokens, logp, entropy, sizes, settings, rows, beside)[1]
         found.append([numbers[name] for name in ("pseudo_bpb", "mass", "renormalized_bpb")])
     assert found[1] == pytest.approx(found[0], rel=1e-6)
     assert found[2] != pytest.approx(found[0], rel=1e-3)  # sabotage: one rank's share is lost on the way
@@ -288,7 +293,7 @@ def test_pr779s_temperature_is_the_loops(monkeypatch, cheat):
     """Prices and sums at the adaptive temperature of each row; the saboteur leaves the entropy unscaled."""
     settings, model = run_model("pr779", TIED_EMBED_INIT_STD="0.5")
     tokens = recorded(200, 40, seed=8)[0]
-    logp, entropy, beside = scored(settings, model, tokens)
+    logp, entropy, beside, _ = scored(settings, model, tokens)
     plan, expected = reference.windows(200, 16, 5), np.zeros((2, 200))
     for start, first, stop in plan:
         rows = model.logits(torch.tensor(tokens[start:stop].astype(np.int64))[None])[0].detach().double()
@@ -314,7 +319,7 @@ def test_pr810s_confidence_is_the_loops(cheat):
     more = {"SMEAR_GATE": "twentieth", "BIGRAM_VOCAB_SIZE": "30", "BIGRAM_HASH": "linear"}
     settings, model = run_model("pr810", PRE_ENRICH_DIM="24", **more)
     tokens = recorded(200, 40, seed=9)[0]
-    logp, entropy, beside = scored(settings, model, tokens)
+    logp, entropy, beside, _ = scored(settings, model, tokens)
     weights = {name: weight.detach().double().numpy() for name, weight in model.named_parameters()}
     moved = np.zeros(200)
     for start, first, stop in reference.windows(200, 16, 5):

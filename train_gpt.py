@@ -51,10 +51,10 @@ import shutil
 import signal
 import struct
 import sys
-import threading
 import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1071,11 +1071,6 @@ class GPT(nn.Module):
         """Return logits (B, T, V) in float32 for ids (B, T), or (B, last, V) for the last positions only."""
         return self.capped(self.hidden(ids, last, *memory), self.lm_head)
 
-    def gated_logits(self, ids: Tensor, last: int | None = None) -> Tensor:
-        """Return what `logits` returns and, of the same pass, the logits of the gate, (B, last, V + 7)."""
-        x = self.hidden(ids, last)
-        return torch.cat((self.capped(x, self.lm_head), self.gate_head(x).float()), dim=-1)
-
     def pseudo_loss(self, x: Tensor, logits: Tensor, targets: Tensor, ratios: Tensor) -> Tensor:
         """Return the mean pseudo-price of targets (B, T) in nats, by ratios (B, T, O) of `PseudoOracle`."""
         neural = torch.exp(-F.cross_entropy(logits, targets.flatten(), reduction="none")).view_as(targets)
@@ -1639,7 +1634,7 @@ class ScoredChunk(NamedTuple):
     targets: Tensor  # int64, their token ids
     logp: Tensor  # float32, log-probability of the target in nats
     entropy: Tensor  # float32, entropy of the whole distribution in nats
-    beside: Tensor  # (K, n) float32: log-probabilities of proposals, 0 for none, then the logits of a gate
+    beside: Tensor  # (K, n) float32: log-probabilities of proposals, 0 for none, then further columns
 
 
 def score_windows(
@@ -1647,7 +1642,7 @@ def score_windows(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield targets (n,) that windows of `plan` price, their rows of log-probabilities (n, V), and the rest.
 
-    `logits(ids, last)` is GPT.logits or GPT.gated_logits, perhaps compiled. Every pass has one of two shapes:
+    `logits(ids, last)` is GPT.logits or `pseudo_logits`, perhaps compiled. Every pass has one of two shapes:
     opening windows hand out all positions, later ones the last few; short batches are padded."""
     seq_len, opening = settings.window, plan[:, 1] == 0
     batch = settings.val_batch_size // settings.micro_batch_slots // seq_len
@@ -1759,14 +1754,16 @@ def account(chunks: Iterable[ScoredChunk], dataset: Dataset, process: Process) -
 # 9 EXACT COUNTS. In: the token stream. Out: for every target and every context family (an order, or an order
 # inside the document) how often context and target occurred before, as numbers small enough to keep for a
 # whole split. Counting is sorting: no hash, no collision, and a place sees every place before it and nothing
-# else. Equal contexts stand side by side, in order of time; a count is a rank in that line.
+# else. Equal contexts stand side by side in a `Line`, in order of time; a count is a rank in it.
 # ============================================================================================================
 
-PART_OF_SORT = 65_536  # elements from which a sort is worth a second thread
 ORDER_LADDER = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)  # orders that price; the chain counts all
 CODE_ONE = 48  # a feature of 1.0 as a small whole number
 CODE_LOG = 12  # log(1 + count) = 1 likewise, so that any count fits 8 bits
 PROPOSERS = ("order2", "order3", "order4", "order6", "document2")  # families whose last token is a proposal
+
+# Targets (n,) int64, equal contexts side by side, earlier ones first; which are the first of theirs, bool.
+Line = tuple[Tensor, Tensor]
 
 
 class Counts(NamedTuple):
@@ -1778,119 +1775,83 @@ class Counts(NamedTuple):
     last: Tensor  # the token after the context's last occurrence, -1 if there is none
 
 
-class Evidence(NamedTuple):
-    """Counts of one family, and what else its line of equal contexts shows; (N,) int32."""
-
-    counts: Counts
-    hits: Tensor  # how often the context's last continuation came again
-    age: Tensor  # tokens since the context's last occurrence, 0 if there is none
-
-
-class Line(NamedTuple):
-    """Targets side by side with others of the same context, earlier ones first; (n,) each."""
-
-    target: Tensor  # int64, which target
-    first: Tensor  # bool, the first of its context
+def begins(values: Tensor) -> Tensor:
+    """Return where `values` (n,) differ from the one before, (n,) bool; the first does."""
+    return torch.cat((values.new_ones(min(len(values), 1), dtype=torch.bool), values[1:] != values[:-1]))
 
 
 def line_up(group: Tensor, target: Tensor, cut: int = 0) -> Line:
-    """Return `target` sorted by (group, target); within a group it must be ascending already.
+    """Return `target` as a line by `group`; within a group it must be ascending already.
 
     `cut`: all groups before that place are below all groups behind it; the two parts are sorted side by side.
     On a CPU group and target share a 64-bit word where they fit, numpy's fastest sort; else in two steps."""
-    bits = int(target.max() if len(target) else 0).bit_length() if group.device.type == "cpu" else 63
-    if bits < 63 and (len(group) == 0 or int(group.max()) < 2 ** (63 - bits)):
-        word = (group << bits | target).numpy()
-        parts = (word[:cut], word[cut:]) if len(word) > PART_OF_SORT else (word[:0], word)
-        helper = threading.Thread(target=parts[0].sort)
-        helper.start()
-        parts[1].sort()
-        helper.join()
-        target = torch.from_numpy(word & (2**bits - 1))
-        word >>= bits
-        group = torch.from_numpy(word)
-    else:
+    bits = len(target) and int(target.max()).bit_length()
+    if group.device.type != "cpu" or (bits and int(group.max()) >= 2 ** (63 - bits)):
         group, order = torch.sort(group, stable=True)
-        target = target.index_select(0, order)
-    first = torch.ones_like(group, dtype=torch.bool)
-    torch.ne(group[1:], group[:-1], out=first[1:])
-    return Line(target, first)
+        return target.index_select(0, order), begins(group)
+    word = (group << bits | target).numpy()
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(np.ndarray.sort, (word[:cut], word[cut:])))
+    target = torch.from_numpy(word & (2**bits - 1))
+    word >>= bits
+    return target, begins(torch.from_numpy(word))
 
 
-def group_starts(first: Tensor) -> Tensor:
-    """Return for every place of a line the place where its group starts, (n,) int32."""
+def group_ranks(first: Tensor) -> Tensor:
+    """Return how many of its group stand before each place of a line, (n,) int32."""
     place = torch.arange(len(first), dtype=torch.int32, device=first.device)
-    return place.where(first, 0).cummax(0).values if len(first) else place
+    return place - place.where(first, 0).cummax(0).values if len(first) else place
 
 
-def recurring(line: Line, total: int) -> Line:
-    """Return the line without targets from `total` on and without contexts that occur only once."""
-    alone = line.first & torch.cat((line.first[1:], line.first.new_ones(1)))
-    kept = ~alone & (line.target < total)
-    return Line(line.target[kept], line.first[kept])
+def count_line(line: Line, pairs: Line, tokens: Tensor) -> tuple[Counts, Tensor, Tensor]:
+    """Return what a family knows, by its line and the line of its (context, target) pairs; (N,) int32 each.
 
-
-def extend_line(line: Line, tokens: Tensor, vocab_size: int) -> Line:
-    """Return the line of (context, target) pairs: what a context plus its target is the context of next."""
-    half = len(line.first) // 2
-    cut = half + int(line.first[half:].int().argmax()) if half else 0
-    group = (line.first.cumsum(0) - 1) * vocab_size + tokens.index_select(0, line.target + 1)
-    return line_up(group, line.target, cut if half and line.first[cut] else 0)
-
-
-def within(line: Line, segment: Tensor) -> Line:
-    """Return the line with contexts restricted to their own segment; `segment` (N,) never falls."""
-    segments = segment.index_select(0, line.target)
-    first = line.first.clone()
-    first[1:] |= segments[1:] != segments[:-1]
-    return Line(line.target, first)
-
-
-def count_line(line: Line, extended: Line, tokens: Tensor) -> Evidence:
-    """Return the evidence of one family from its line and the line of its (context, target) pairs."""
-    target, start = line.target, group_starts(line.first)
-    place = torch.arange(len(target), dtype=torch.int32, device=target.device)
-    seen = place - start
-    blank = torch.zeros(max(len(tokens) - 1, 0), dtype=torch.int32, device=target.device)
-
-    def spread(values: Tensor, where: Tensor = target) -> Tensor:
-        return blank.clone().index_copy_(0, where, values)
+    After the counts: how often the context's last continuation came again, tokens since the context did."""
+    target, seen = line[0], group_ranks(line[1])
+    start = torch.arange(len(seen), dtype=torch.int32, device=seen.device) - seen
+    blank = torch.zeros(max(len(tokens) - 1, 0), dtype=torch.int32, device=seen.device)
 
     def earlier(flags: Tensor) -> Tensor:
         before = flags.cumsum(0, dtype=torch.int32) - flags.int()
-        return spread(before - before.index_select(0, start))
+        return blank.index_copy(0, target, before - before.index_select(0, start))
 
-    full = spread(place - group_starts(extended.first), extended.target)
+    full = blank.index_copy(0, pairs[0], group_ranks(pairs[1]))
     token = tokens.index_select(0, target + 1).int()
     before, known = token.roll(1), seen > 0
-    last = torch.full_like(blank, -1).index_copy_(0, target, before.where(known, -1))
-    age = spread(((target - target.roll(1)) * known).int())
+    last = (blank - 1).index_copy_(0, target, before.where(known, -1))
+    age = blank.index_copy(0, target, ((target - target.roll(1)) * known).int())
     new = full.index_select(0, target) == 0
-    counts = Counts(full, spread(seen), earlier(new), last)
-    return Evidence(counts, earlier((token == before) & known), age)
+    counts = Counts(full, blank.index_copy(0, target, seen), earlier(new), last)
+    return counts, earlier((token == before) & known), age
 
 
 def count_lines(tokens: Tensor, top: int, vocab_size: int) -> Iterator[tuple[int, Line, Line]]:
-    """Yield (order, line, extended line) for the orders 2 ... top of `tokens` (N + 1,), shortest first.
+    """Yield (order, line, line of (context, target) pairs) for the orders 2 ... top of `tokens` (N + 1,).
 
     Sorted by the token that follows, the line of order n becomes that of order n + 1. Contexts that occur
     once have no evidence and leave: long orders cost next to nothing."""
     total = max(len(tokens) - 1, 0)
-    extended = line_up(tokens.long(), torch.arange(len(tokens), device=tokens.device))
+    target, first = line_up(tokens.long(), torch.arange(len(tokens), device=tokens.device))
     for order in range(2, top + 1):
-        line = recurring(Line(extended.target + (order > 2), extended.first), total)
-        extended = extend_line(line, tokens, vocab_size)
-        yield order, line, extended
+        alone = first & torch.cat((first[1:], first.new_ones(1)))
+        kept = ~alone & (target < total)
+        target, first = target[kept], first[kept]
+        context = first.cumsum(0) - 1
+        middle = context[len(context) // 2 :][:1]
+        cut = int(torch.searchsorted(context, middle).sum())  # where the group in the middle starts
+        pairs = line_up(context * vocab_size + tokens.index_select(0, target + 1), target, cut)
+        yield order, (target, first), pairs
+        target, first = pairs[0] + 1, pairs[1]
 
 
 def count_orders(tokens: Tensor, orders, vocab_size: int) -> Iterator[tuple[int, Counts]]:
     """Yield (order, Counts) for each of `orders`, from 2 up, in one pass; see exact_counts."""
     wanted = set(orders)
-    if wanted and min(wanted) < 2:
+    if min(wanted, default=2) < 2:
         raise SettingError(f"orders={sorted(wanted)} must be 2 at least; a context has one token or more")
-    for order, line, extended in count_lines(tokens, max(wanted, default=0), vocab_size):
+    for order, line, pairs in count_lines(tokens, max(wanted, default=0), vocab_size):
         if order in wanted:
-            yield order, count_line(line, extended, tokens).counts
+            yield order, count_line(line, pairs, tokens)[0]
 
 
 def exact_counts(tokens: Tensor, order: int, vocab_size: int) -> Counts:
@@ -1901,60 +1862,55 @@ def exact_counts(tokens: Tensor, order: int, vocab_size: int) -> Counts:
     return next(counts for _, counts in count_orders(tokens, [order], vocab_size))
 
 
-def count_families(tokens: Tensor, settings: Settings) -> Iterator[tuple[str, Evidence]]:
-    """Yield (name, Evidence) for every family that can be told from `tokens` (N + 1,) int32."""
+def count_families(tokens: Tensor, settings: Settings) -> Iterator[tuple[str, tuple[Counts, Tensor, Tensor]]]:
+    """Yield (name, its count_line) for every context family of `tokens` (N + 1,) int32."""
     document = (tokens[:-1] == MARKER_ID).cumsum(0, dtype=torch.int32)
-    for order, line, extended in count_lines(tokens, settings.cache_max_order, settings.vocab_size):
+    for order, *lines in count_lines(tokens, settings.cache_max_order, settings.vocab_size):
         if order in ORDER_LADDER:
-            yield f"order{order}", count_line(line, extended, tokens)
+            yield f"order{order}", count_line(*lines, tokens)
         if order <= settings.cache_document_order:
-            yield f"document{order}", count_line(within(line, document), within(extended, document), tokens)
+            split = [(target, first | begins(document.index_select(0, target))) for target, first in lines]
+            yield f"document{order}", count_line(*split, tokens)
 
 
 class Recall(NamedTuple):
     """All that the mixture needs of the counts of a stream of N targets, in few bytes per target."""
 
-    names: list[str]  # context families
-    codes: list[Tensor]  # per family (6, N) uint8: what a weight may know, in units of 1 / CODE_ONE
-    share: list[Tensor]  # per family (N,) float32: full / context, a price
-    right: list[Tensor]  # per family (N,) bool: the target is the last continuation, a price
+    # By name: codes (6, N) uint8, what a weight may know; prices (N,): full / context; last is the target.
+    families: dict[str, tuple[Tensor, Tensor, Tensor]]
     proposals: Tensor  # (K, N) int32: tokens that the cache expects, vocab_size where it expects none
 
 
-def encode_evidence(evidence: Evidence, neighbour: Tensor, log_code: Tensor) -> Tensor:
-    """Return the codes of a family, (6, N) uint8; each is known before the target is.
+def encode_evidence(counts: Counts, hits, age, neighbour: Tensor, log_code: Tensor) -> Tensor:
+    """Return what is known of a family before the target is, (6, N) uint8 in units of 1 / CODE_ONE.
 
     Logarithms (by the table `log_code` (N + 1,) uint8) of count, distinct continuations and age; seen once;
     how often the last continuation was right; whether it is the `neighbour`'s too."""
-    _, seen, distinct, last = evidence.counts
-    logs = [log_code.index_select(0, number) for number in (seen, distinct, evidence.age)]
-    hits = (CODE_ONE * evidence.hits.long() + seen // 2) // seen.clamp(min=1)
-    flags = (CODE_ONE * (seen == 1), hits, CODE_ONE * ((seen > 0) & (last == neighbour)))
+    _, seen, distinct, last = counts
+    logs = [log_code.index_select(0, number) for number in (seen, distinct, age)]
+    right = (CODE_ONE * hits.long() + seen // 2) // seen.clamp(min=1)
+    flags = (CODE_ONE * (seen == 1), right, CODE_ONE * ((seen > 0) & (last == neighbour)))
     return torch.stack(logs + [flag.to(torch.uint8) for flag in flags])
 
 
 def recall(tokens: Tensor, settings: Settings) -> Recall:
     """Count all families of `tokens` (N + 1,) and keep what the mixture needs."""
-    tokens = tokens.int()
-    total = max(len(tokens) - 1, 0)
-    numbers = torch.arange(total + 1, dtype=torch.float64, device=tokens.device)
+    tokens, families, proposals = tokens.int(), {}, []
+    numbers = torch.arange(max(len(tokens), 1), dtype=torch.float64, device=tokens.device)
     log_code = (CODE_LOG * numbers.log1p()).round().to(torch.uint8)
-    names, codes, share, right, proposals = [], [], [], [], []
-    longest = torch.full((total,), settings.vocab_size, dtype=torch.int32, device=tokens.device)
+    longest = torch.full_like(tokens[1:], settings.vocab_size)
     neighbour = torch.full_like(longest, -1)
     for name, evidence in count_families(tokens, settings):
-        full, context, _, last = evidence.counts
-        names.append(name)
-        codes.append(encode_evidence(evidence, neighbour, log_code))
-        share.append(full / context.clamp(min=1))
-        right.append(last == tokens[1:])
+        full, context, _, last = evidence[0]
+        codes = encode_evidence(*evidence, neighbour, log_code)
+        families[name] = (codes, full / context.clamp(min=1), last == tokens[1:])
         if name in PROPOSERS:
             proposals.append(last.where(context > 0, settings.vocab_size))
         if name.startswith("order"):
             longest = last.where(context > 0, longest)
         neighbour = last
         del evidence, full, context, last  # large, and the next family is counted before they are replaced
-    return Recall(names, codes, share, right, torch.stack([longest, *proposals]))
+    return Recall(families, torch.stack([longest, *proposals]))
 
 
 # ============================================================================================================
@@ -1988,10 +1944,8 @@ class Gate:
         sizes = [first * second for first, second in shapes]
         self.steps, self.rate, self.updates = settings.cache_steps, settings.cache_lr, 0
         self.flat, self.gradient, self.moment1, self.moment2 = torch.zeros(4, sum(sizes), device=device)
-        views = [part.split(sizes) for part in (self.flat, self.gradient)]
-        self.weights, self.gradients = (
-            [part.view(shape) for part, shape in zip(parts, shapes, strict=True)] for parts in views
-        )
+        parts = (whole.split(sizes) for whole in (self.flat, self.gradient))
+        self.weights, self.gradients = (list(map(Tensor.view, part, shapes)) for part in parts)
         noise = torch.randn(shapes[0], generator=torch.Generator().manual_seed(0))
         self.weights[0].copy_(noise / math.sqrt(features))
         self.weights[2][0] = NEURAL_BIAS
@@ -2002,12 +1956,11 @@ class Gate:
         hidden = into @ chunk.features
         for table, rows in zip(tables, chunk.rows, strict=True):
             hidden += table.index_select(1, rows)
-        hidden.clamp_(min=0)
-        logits = torch.addmm(bias, out, hidden)
+        logits = torch.addmm(bias, out, hidden.clamp_(min=0))
         return hidden, logits.masked_fill_(chunk.masked, -math.inf).softmax(dim=0)
 
     def learn(self, chunk: Chunk, forward: tuple[Tensor, Tensor]) -> None:
-        """Take CACHE_STEPS steps of Adam on the mean price of a chunk; `forward` is its forward pass.
+        """Take CACHE_STEPS steps of Adam (Kingma and Ba 2015) on a chunk's mean price; `forward` is its pass.
 
         The gradient of -log sum(w p) by the logits is w minus the experts' posterior w p / sum(w p)."""
         for step in range(self.steps):
@@ -2021,24 +1974,20 @@ class Gate:
             torch.sum(delta, dim=1, keepdim=True, out=bias)
             for table, rows in zip(tables, chunk.rows, strict=True):
                 table.zero_().index_add_(1, rows, back)
-            self.adam()
-
-    def adam(self) -> None:
-        """Take one step of Adam (Kingma and Ba 2015) with moments 0.9 and 0.99."""
-        self.updates += 1
-        self.moment1.lerp_(self.gradient, 0.1)
-        self.moment2.mul_(0.99).addcmul_(self.gradient, self.gradient, value=0.01)
-        rate = self.rate / (1 - 0.9**self.updates)
-        spread = (self.moment2 / (1 - 0.99**self.updates)).sqrt_().add_(1e-8)
-        self.flat.addcdiv_(self.moment1, spread, value=-rate)
+            self.updates += 1
+            self.moment1.lerp_(self.gradient, 0.1)
+            self.moment2.mul_(0.99).addcmul_(self.gradient, self.gradient, value=0.01)
+            rate = self.rate / (1 - 0.9**self.updates)
+            spread = (self.moment2 / (1 - 0.99**self.updates)).sqrt_().add_(1e-8)
+            self.flat.addcdiv_(self.moment1, spread, value=-rate)
 
 
-def plan_chunks(total: int, most: int) -> Iterator[tuple[int, int]]:
-    """Yield (begin, end) of the chunks of `total` targets: shares of what is known, `most` for long."""
+def plan_chunks(total: int, most: int) -> Iterator[slice]:
+    """Yield the chunks of `total` targets: shares of what is known, `most` for long."""
     begin = 0
     while begin < total:
         length = max(FIRST_CHUNK, min(most, begin // 4), begin // 4_096)
-        yield begin, min(begin + length, total)
+        yield slice(begin, min(begin + length, total))
         begin += length
 
 
@@ -2075,22 +2024,20 @@ class Scored(NamedTuple):
     mixture: Mixture
 
 
-def mix_prices(
-    tokens: Tensor, known: Recall, logp: Tensor, entropy: Tensor, proposed: Tensor | None, settings: Settings
-) -> Mixture:
-    """Price all targets of `tokens` (N + 1,) left to right; price a chunk, then learn from it.
+def mix_prices(tokens, known: Recall, logp, entropy, proposed, settings: Settings) -> Mixture:
+    """Return the mixture's prices of the targets of `tokens` (N + 1,).
 
-    `logp`, `entropy` (N,) float32 of the neural model; `proposed` (K, N): its view of known.proposals."""
-    shared, total, families = shared_features(logp, entropy, proposed), len(logp), len(known.names)
-    experts = 1 + 2 * families
-    network = Gate(6 * families + len(shared), experts, settings, logp.device)
-    usage, neural = torch.zeros(experts, device=logp.device), logp.exp()
-    gated = torch.empty(total, dtype=torch.float64, device=logp.device)
-    for begin, end in plan_chunks(total, settings.cache_chunk_tokens):
-        part = slice(begin, end)
-        codes = torch.cat([code[:, part] for code in known.codes])
+    `logp`, `entropy` (N,) float32 of the neural model; `proposed` (K, N), perhaps None: its view of
+    known.proposals. Goes left to right: prices a chunk, then learns from it."""
+    shared, families = shared_features(logp, entropy, proposed), len(known.families)
+    all_codes, shares, hits = zip(*known.families.values(), strict=True)
+    network = Gate(6 * families + len(shared), 1 + 2 * families, settings, logp.device)
+    usage, neural = torch.zeros(1 + 2 * families, device=logp.device), logp.exp()
+    gated = torch.empty_like(logp, dtype=torch.float64)
+    for part in plan_chunks(len(logp), settings.cache_chunk_tokens):
+        codes = torch.cat([code[:, part] for code in all_codes])
         masked = ((codes[::6] == 0) | (settings.cache_lr == 0)).repeat(2, 1)
-        prices = torch.stack([neural[part]] + [x[part].float() for x in known.share + known.right])
+        prices = torch.stack([price[part].float() for price in (neural, *shares, *hits)])
         features = torch.cat([codes.float() / CODE_ONE, shared[:, part]])
         rows = torch.stack([tokens[part], known.proposals[0, part]]).long() % network.weights[3].shape[1]
         chunk = Chunk(features, rows, F.pad(masked, (0, 0, 1, 0)), prices)
@@ -2100,24 +2047,23 @@ def mix_prices(
         cache = (weights[1:] * prices[1:]).sum(dim=0).log()
         gated[part] = torch.logaddexp(weights[0].log() + logp[part], cache) - weights.sum(dim=0).log()
         network.learn(chunk, forward)
-    usage = (usage / max(total, 1)).tolist()
-    pairs = zip(known.names, usage[1 : 1 + families], usage[1 + families :], strict=True)
-    weights, lead = {"neural": usage[0], **{name: a + b for name, a, b in pairs}}, gated - logp.double()
-    return Mixture(never_worse(logp, gated), weights, network, float(lead.sum()))
+    alone, *mean = (usage / max(len(logp), 1)).tolist()
+    weights = {name: mean[i] + mean[i + families] for i, name in enumerate(known.families)}
+    lead = float((gated - logp.double()).sum())
+    return Mixture(never_worse(logp, gated), {"neural": alone, **weights}, network, lead)
 
 
 def mix_stream(tokens: Tensor, logp: Tensor, entropy: Tensor, settings: Settings) -> Tensor:
     """Return the log-probabilities (N,) float32 of the targets of a recorded stream, tokens (N + 1,)."""
     tokens, logp, entropy = map(torch.as_tensor, (tokens, logp, entropy))
-    return mix_prices(tokens, recall(tokens, settings), logp, entropy, None, settings).logp
+    return mix_prices(tokens, recall(tokens, settings), logp, entropy, None, settings)[0]
 
 
 def hand_over(chunks: list[ScoredChunk], total: int, rows: int, process: Process) -> Tensor:
     """Return what all ranks scored, by position: (2 + rows, total) float32: logp, entropy, beside."""
     table = torch.zeros((2 + rows, total), device=process.device)
     for chunk in chunks:
-        values = torch.cat((chunk.logp[None], chunk.entropy[None], chunk.beside)).float()
-        table.index_copy_(1, chunk.positions, values)
+        table.index_copy_(1, chunk.positions, torch.stack((chunk.logp, chunk.entropy, *chunk.beside)).float())
     return process.sum(table)  # each position comes from one rank, zeros from the others
 
 
@@ -2136,12 +2082,11 @@ def gain_interval(saved: np.ndarray, target_bytes: np.ndarray, document: np.ndar
 # what the hashed evaluators of five submissions make of it, what their "probabilities" sum to. Each looks up
 # the realised target alone in tables whose buckets many n-grams share, so the sum is not 1 and the figure is
 # no code length. Nothing of it reaches the ledger, and all that may see a target says `pseudo`.
-# #834's gate learns from such tables over the training tokens, `PseudoOracle`.
 # Legend: O orders 2 ... max_order, N targets, Q asked targets, K candidates for each of them.
 # ============================================================================================================
 
 PSEUDO_PIECE = 2**15  # targets of one call: more would be shared out over threads, which wait for each other
-PSEUDO_BLOCK = 2**24  # buckets asked for at a time: bounds memory, changes nothing
+PSEUDO_BLOCK = 2**21  # targets times vocabulary asked for at a time: bounds memory, changes nothing
 ORACLE_BLOCK = 10_000_000  # training tokens counted at a time
 # Multipliers of an n-gram's tokens, oldest first; #864 and #890 each go on from #779's.
 HASH_779 = (36313, 27191, 51647, 81929, 131071, 174763, 233017)
@@ -2173,16 +2118,20 @@ class PseudoRule(NamedTuple):
     gap: int = 0  # newest tokens that a context leaves out
     peeks: bool = False  # a match also needs F > 0, so the order depends on the target
     gated: bool = False  # a learned gate weighs all orders that match; there is no alpha
+    tau: float = 1.0  # of an adaptive temperature, see `pseudo_logits`
+    beside: int = 0  # columns of `pseudo_logits` that it needs: gate logits, temperature or confidence
 
 
 PSEUDO_RULES = {
     "pr864": PseudoRule(9, 65_536, 2**22, 2, 0.05, 0.60, 0.95, 1e-10, CENTERS_864, HASH_864, WEIGHTS_864),
     "pr890": PseudoRule(9, 32, 2**22, 2, 0.05, 0.60, 1.0, 1e-30, CENTERS_890, HASH_890, gap=1, peeks=True),
     # Without a match the ratio is 1 / V, for all rules; here alone it has weight.
-    "pr779": PseudoRule(7, 2**20, 2**22, 2, 0.05, 0.60, 1.0, 1e-12, (4.0,) * 7, HASH_779, (1.0,) * 7, 100),
+    "pr779": PseudoRule(
+        7, 2**20, 2**22, 2, 0.05, 0.6, 1.0, 1e-12, (4.0,) * 7, HASH_779, (1.0,) * 7, 100, tau=0.98, beside=3
+    ),
     # No code of it survives: clip, smallest count, table size and floor are guesses.
-    "pr810": PseudoRule(11, 16_384, 2**22, 2, 0.20, 0.75, 0.95, 1e-20, CENTERS_810, (), WEIGHTS_810),
-    "pr834": PseudoRule(7, 2**20, 2**20, 2, 0.0, 0.0, 0.0, 1e-12, (0.0,) * 7, gated=True),
+    "pr810": PseudoRule(11, 2**14, 2**22, 2, 0.20, 0.75, 0.95, 1e-20, CENTERS_810, (), WEIGHTS_810, beside=1),
+    "pr834": PseudoRule(7, 2**20, 2**20, 2, 0.0, 0.0, 0.0, 1e-12, (0.0,) * 7, gated=True, beside=GATES),
 }
 
 
@@ -2190,16 +2139,41 @@ def pseudo_rule(name: str, settings: Settings, gated: bool = False) -> PseudoRul
     """Return the rule `name` with settings above 0 in place of its own; `gated`: gate logits are at hand."""
     names = [name for name, rule in PSEUDO_RULES.items() if gated or not rule.gated]
     if name not in names:
-        text = f"PSEUDO={name} is no rule for a stream without the logits of its gate"
-        raise SettingError(f"{text}; choose one of {', '.join(names)}")
+        raise SettingError(f"PSEUDO={name} is no rule without gate logits; choose one of {', '.join(names)}")
     own = (settings.ngram_max_order, settings.ngram_chunk_tokens, settings.ngram_buckets)
     own += (settings.ngram_min_count, settings.ngram_alpha_min, settings.ngram_alpha_max)
     pairs = zip(PseudoRule._fields, (*own, settings.ngram_alpha_clip), strict=False)
     rule = PSEUDO_RULES[name]._replace(**{field: value for field, value in pairs if value})
-    if not 2 <= rule.max_order <= len(rule.centers):
-        orders = f"{name}'s orders, 2 to {len(rule.centers)}"
-        raise SettingError(f"NGRAM_MAX_ORDER={rule.max_order} is not one of {orders}; choose one of them")
+    if not (top := len(rule.centers)) >= rule.max_order >= 2:
+        raise SettingError(f"NGRAM_MAX_ORDER={rule.max_order}: choose one of {name}'s orders, 2 to {top}")
     return rule
+
+
+def pseudo_logits(model: GPT):
+    """Return GPT.logits with columns for what rule PSEUDO needs of the same pass: (B, last, V + rule.beside).
+
+    #834: the logits of its gate. #810: how far pre-enrichment moves the smeared embedding, its L2 norm. #779:
+    T = clamp(1 - (1 - tau)(1 - H / ln V), 0.9, 1.05) of the entropy H; log sum of p^(1 / T); entropy at T."""
+    rule = PSEUDO_RULES[model.settings.pseudo]
+
+    def logits(ids: Tensor, last: int | None = None) -> Tensor:
+        x = model.hidden(ids, last)
+        logits, beside = model.capped(x, model.lm_head), torch.zeros_like(x[..., : rule.beside])
+        if rule.gated:
+            beside = model.gate_head(x)
+        elif rule.tau < 1:
+            rows = logits.log_softmax(dim=-1)
+            share = -(rows.exp() * rows).sum(dim=-1, keepdim=True) / math.log(rows.size(-1))
+            heat = (1 - (1 - rule.tau) * (1 - share)).clamp(0.9, 1.05)
+            whole = (rows / heat).logsumexp(dim=-1, keepdim=True)
+            rows = rows / heat - whole
+            beside = torch.cat((heat, whole, -(rows.exp() * rows).sum(dim=-1, keepdim=True)), dim=-1)
+        elif rule.beside and model.pre_enrich is not None:
+            smeared = model.smeared(ids)[:, -x.size(1) :]
+            beside = (model.pre_enrich(smeared) - smeared).float().norm(dim=-1, keepdim=True)
+        return torch.cat((logits, beside.float()), dim=-1)
+
+    return logits
 
 
 def pseudo_pairs(rule: PseudoRule, contexts: Tensor, targets: Tensor) -> Tensor:
@@ -2207,23 +2181,23 @@ def pseudo_pairs(rule: PseudoRule, contexts: Tensor, targets: Tensor) -> Tensor:
     if not rule.multipliers:
         return contexts * 1_000_003 + targets & rule.buckets - 1
     factors = targets.new_tensor(rule.multipliers[1 : rule.max_order]).view(-1, *[1] * targets.ndim)
-    return (factors * targets ^ contexts).bitwise_and_(rule.buckets - 1)
+    return torch.bitwise_xor(factors * targets, contexts).bitwise_and_(rule.buckets - 1)
 
 
 def pseudo_keys(rule: PseudoRule, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Return the buckets of each target's context and of both together, (O, ..., N), of tokens (..., N + 1).
 
-    Order n has n - 1 tokens t_k, k = 0 the oldest. #864, #890, #779, #834: XOR of t_k * multiplier_k. #810: a
-    polynomial, whose even step lets old tokens fade away. Buckets are low bits, which overflow leaves alone;
-    an n-gram that would begin before the tokens has the spare bucket, number `rule.buckets`."""
+    Order n has n - 1 tokens t_k, k = 0 the oldest: XOR of t_k * multiplier_k, or #810's polynomial, whose
+    even step lets old tokens fade away. Buckets are low bits, which overflow leaves alone. An n-gram that
+    would begin before the tokens has the spare bucket, number `rule.buckets`."""
     orders, total = rule.max_order - 1, tokens.size(-1) - 1
     padded = F.pad(tokens, (orders + rule.gap, 0))
     contexts = padded.new_zeros(orders, *tokens.shape[:-1], total)
+    fold = Tensor.bitwise_xor_ if rule.multipliers else lambda key, term: key.mul_(265_443_576).add_(term)
     for k in range(orders):
         terms = padded * rule.multipliers[k] if rule.multipliers else padded
         for row in range(k, orders):
-            term, hashed = terms[..., orders - row + k :][..., :total], contexts[row]
-            contexts[row] = hashed ^ term if rule.multipliers else hashed * 265_443_576 + term
+            fold(contexts[row], terms[..., orders - row + k :][..., :total])
     pairs = pseudo_pairs(rule, contexts.bitwise_and_(rule.buckets - 1), tokens[..., 1:])
     for row in range(orders):
         contexts[row, ..., : row + rule.gap] = pairs[row, ..., : row + rule.gap] = rule.buckets
@@ -2238,56 +2212,50 @@ def pseudo_fill(tables: Tensor, keys: Tensor) -> None:
 
 
 def pseudo_counts(keys: Tensor, seen: Tensor, asked: Tensor, buckets: int) -> Tensor:
-    """Return how full the asked buckets were, int32 like `asked` (O, Q, K), with one table per order.
+    """Return how full the buckets `asked` (O, Q, K) were, int32, once the first `seen` (Q,) keys were stored.
 
-    `keys` (O, N) are the buckets that the stream's targets fill, a chunk at a time; query q finds the first
-    seen[q] of them there, `seen` (Q,) ascending."""
+    `keys` (O, N) are the buckets that the stream's targets fill, a table per order; `seen` is ascending."""
     counts = torch.empty_like(asked, dtype=torch.int32)
     stops, lengths = (part.tolist() for part in seen.unique_consecutive(return_counts=True))
     # Long chunks: one table at a time, which stays in the processor's cache. Short ones: fewer calls.
     height = 1 if asked[0].numel() >= 4096 * len(stops) else len(keys)
     tables = torch.empty(height, buckets + 1, dtype=torch.int32, device=keys.device)
-    for row in range(0, len(keys), height):
-        rows, stored, begin = slice(row, row + height), 0, 0
+    for new, *queries in zip(*(part.split(height) for part in (keys, asked, counts)), strict=True):
+        stored = 0
         tables.zero_()
-        for stop, length in zip(stops, lengths, strict=True):
-            pseudo_fill(tables, keys[rows, stored:stop])
-            part = asked[rows, begin : begin + length]
-            counts[rows, begin : begin + length] = tables.gather(1, part.flatten(1).long()).view(part.shape)
-            stored, begin = stop, begin + length
+        for stop, query, found in zip(stops, *(part.split(lengths, 1) for part in queries), strict=True):
+            pseudo_fill(tables, new[:, stored:stop])
+            torch.gather(tables, 1, query.flatten(1).long(), out=found.view(height, -1))
+            stored = stop
     return counts
 
 
-def pseudo_lookups(rule: PseudoRule, tokens: Tensor, at, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what the tables hold when the targets `at` (Q,), ascending, are priced: seen, C and F.
+def pseudo_mixture(name: str, tokens, entropy, settings: Settings, beside, at, whole=False, each=False):
+    """Return weight (Q, 1 or K) and share (Q, K) of the targets `at`, ascending: price = weight * p + share.
 
-    `seen` (Q,) targets have been stored; C (O, Q, 1) counts contexts, F (O, Q, K) contexts with a target:
-    column 0 is the realised one, the tokens 0 ... candidates - 1 follow."""
-    contexts, pairs = pseudo_keys(rule, tokens)
-    column = torch.arange(len(tokens) - 1, device=tokens.device)[at]
-    seen, asked = column // rule.chunk_tokens * rule.chunk_tokens, contexts[:, at, None]
-    counts = pseudo_counts(contexts, seen, asked, rule.buckets)
-    others = torch.arange(candidates, dtype=torch.int32, device=tokens.device)[None]
-    asked = torch.cat((pairs[:, at, None], pseudo_pairs(rule, asked, others)), dim=2)
-    return seen, counts, pseudo_counts(pairs, seen, asked, rule.buckets)
-
-
-def pseudo_mixture(rule: PseudoRule, V: int, tokens: Tensor, entropy, gate, at, candidates=0, each=False):
-    """Return weight (Q, 1 or K) and share (Q, K) of the targets `at`: a price is weight * neural + share.
-
-    `entropy` (N,) and the logits `gate` (N, 1 + O), None unless the rule is gated, are those of all targets;
-    the rest is `pseudo_lookups`'. A ratio is min(F, C) / C. A gate weighs the ratios of all orders whose
-    context has been seen often enough; for the other rules the highest such order counts, by alpha. Where
-    F > 0 matters as well, the realised target's decides for all columns, or `each` for itself."""
-    seen, contexts, pairs = pseudo_lookups(rule, tokens, at, candidates)
-    matched, like = contexts >= rule.min_count, {"dtype": torch.float64, "device": tokens.device}
+    Column 0 is the realised target; if `whole`, the tokens 0 ... V - 1 follow. C counts contexts, F contexts
+    with a target, as the tables stand when it is priced; a ratio is min(F, C) / C. A gate weighs the ratios
+    of all orders whose C suffices; for the other rules the highest such order counts, by alpha. Where F > 0
+    matters as well, the realised target's decides for all columns, or `each` for itself."""
+    rule, V = pseudo_rule(name, settings, beside is not None), settings.vocab_size
+    # An array is copied, for PyTorch warns of memory-mapped ones.
+    ids = tokens.int() if torch.is_tensor(tokens) else torch.from_numpy(tokens.astype(np.int32))
+    keys, column = pseudo_keys(rule, ids), torch.arange(len(ids) - 1, device=ids.device)[at]
+    seen = column // rule.chunk_tokens * rule.chunk_tokens
+    asked, asked_pairs = (part[:, at, None] for part in keys)
+    if whole:
+        every = torch.arange(V, dtype=torch.int32, device=ids.device)[None]
+        asked_pairs = torch.cat((asked_pairs, pseudo_pairs(rule, asked, every)), dim=2)
+    contexts = pseudo_counts(keys[0], seen, asked, rule.buckets)
+    pairs = pseudo_counts(keys[1], seen, asked_pairs, rule.buckets)
+    matched, like = contexts >= rule.min_count, {"dtype": torch.float64, "device": ids.device}
     if rule.gated:
         ratios = torch.minimum(pairs, contexts).double() / contexts.clamp(min=1)
-        weights = pseudo_weights(torch.as_tensor(gate, **like)[at], matched[:, :, 0].t()).t()[:, :, None]
+        weights = pseudo_weights(torch.as_tensor(beside, **like)[at], matched[:, :, 0].t()).t()[:, :, None]
         return weights[0], (weights[1:] * ratios).sum(dim=0)
     if rule.peeks:
         matched = matched & ((pairs if each else pairs[:, :, :1]) > 0)
-    steps = torch.arange(1, rule.max_order, dtype=torch.int8, device=tokens.device)[:, None, None]
+    steps = torch.arange(1, rule.max_order, dtype=torch.int8, device=ids.device)[:, None, None]
     level = (matched * steps).amax(dim=0).long()  # (Q, 1 or K): 0 is no match, 1 is order 2
     row = (level - 1).clamp(min=0)[None].expand(-1, -1, pairs.shape[2])
     context, pair = (counts.expand_as(pairs).gather(0, row)[0] for counts in (contexts, pairs))
@@ -2295,50 +2263,44 @@ def pseudo_mixture(rule: PseudoRule, V: int, tokens: Tensor, entropy, gate, at, 
     centers, weights = (torch.tensor(curve, **like) for curve in (rule.centers, rule.weights))
     curve = torch.sigmoid(2 * (torch.as_tensor(entropy, **like)[at, None] - centers[level]))
     alpha = weights[level] * (rule.alpha_min + (rule.alpha_max - rule.alpha_min) * curve)
+    if beside is not None and rule.beside == 1:
+        moved, size = torch.as_tensor(beside, **like)[:, 0], rule.chunk_tokens
+        # The chunk's maximum looks ahead, as the reference's of a batch does. 0 / 0 is no pre-enrichment.
+        most = F.pad(moved, (0, -len(moved) % size)).view(-1, size).amax(dim=1)[column // size]
+        alpha = alpha * (0.5 + (moved[at] / most).nan_to_num(0.5))[:, None]
     alpha = alpha.clamp(max=rule.alpha_clip) * (seen >= rule.least)[:, None]
     return 1 - alpha, alpha * ratio
 
 
-def pseudo_ids(tokens) -> Tensor:
-    """Return tokens as an int32 tensor; an array is copied, for PyTorch warns of memory-mapped ones."""
-    return tokens.int() if torch.is_tensor(tokens) else torch.from_numpy(tokens.astype(np.int32))
-
-
-def pseudo_stream(rule: str, tokens, logp, entropy, settings: Settings, gate=None) -> Tensor:
+def pseudo_stream(rule: str, tokens, logp, entropy, settings: Settings, beside=None) -> Tensor:
     """Return the pseudo log-probability of each target (N,), float64 nats, of a recorded stream.
 
-    Tensors or arrays: `tokens` (N + 1,); `logp`, `entropy` (N,) of the neural score in nats; `gate` (N, 7) of
-    `GPT.gated_logits`, for pr834. Chunk k is the targets 1 + k * C ... (k + 1) * C; its n-grams
-    enter the tables once all of it is priced. A recorded stream has no pre-enrichment: #810's confidence is
-    0.5, a factor of 1 on alpha. Raises SettingError."""
-    described, ids = pseudo_rule(rule, settings, gate is not None), pseudo_ids(tokens)
-    neural = torch.as_tensor(logp, dtype=torch.float64, device=ids.device).exp()[:, None]
-    weight, share = pseudo_mixture(described, settings.vocab_size, ids, entropy, gate, slice(None))
-    return (weight * neural + share)[:, 0].clamp(min=described.floor).log()
+    Tensors or arrays: `tokens` (N + 1,); `logp`, `entropy` (N,) of the neural score in nats; `beside` (N, K)
+    of `pseudo_logits`, without which pr834 is refused and pr810's confidence is 0.5. Chunk k is the targets
+    1 + k * C ... (k + 1) * C; its n-grams enter the tables once all of it is priced. Raises SettingError."""
+    weight, share = pseudo_mixture(rule, tokens, entropy, settings, beside, slice(None))
+    neural = torch.as_tensor(logp).to(share).exp()[:, None]
+    return (weight * neural + share)[:, 0].clamp(min=PSEUDO_RULES[rule].floor).log()
 
 
-def pseudo_totals(rule: str, tokens, entropy, settings: Settings, at, rows=None, gate=None) -> Tensor:
+def pseudo_totals(rule: str, tokens, entropy, settings: Settings, at, rows=None, beside=None) -> Tensor:
     """Return what the pseudo-probabilities of the whole vocabulary sum to, (Q,) float64, before the floor.
 
-    `at` (Q,), ascending, are targets counted from 0, each with the tables as they stand when it is priced.
-    `rows` (Q, V) are neural log-probabilities. They matter to pr890 alone, whose order, and with it alpha,
-    changes with the candidate; without them the realised target's order stands for every candidate."""
-    described, ids = pseudo_rule(rule, settings, gate is not None), pseudo_ids(tokens)
-    V, like = settings.vocab_size, {"dtype": torch.float64, "device": ids.device}
-    size, totals = max(1, PSEUDO_BLOCK // (described.max_order * V)), torch.empty(len(at), **like)
-    for part in (slice(first, first + size) for first in range(0, len(at), size)):
-        asked, each = torch.as_tensor(at[part], device=ids.device), rows is not None
-        weight, share = pseudo_mixture(described, V, ids, entropy, gate, asked, V, each)
+    `at` (Q,), ascending, are targets counted from 0. Their neural log-probabilities `rows` (Q, V) matter to
+    pr890 alone, where each candidate has an order of its own; without them the realised target's serves."""
+    size, totals, each = max(1, PSEUDO_BLOCK // settings.vocab_size), [], rows is not None
+    for part in (slice(first, first + size) for first in range(0, max(len(at), 1), size)):
+        weight, share = pseudo_mixture(rule, tokens, entropy, settings, beside, at[part], True, each)
         # Where the weight is one for all candidates, any neural distribution gives the same sum.
-        neural = torch.as_tensor(rows[part], **like).exp() if each else 1 / V
-        totals[part] = (weight.expand_as(share)[:, 1:] * neural + share[:, 1:]).sum(dim=1)
-    return totals
+        neural = torch.as_tensor(rows[part]).to(share).exp() if each else 1 / settings.vocab_size
+        totals.append((weight.expand_as(share)[:, 1:] * neural + share[:, 1:]).sum(dim=1))
+    return torch.cat(totals)
 
 
-def pseudo_mass(rule: str, tokens, entropy, settings: Settings, every: int, gate=None) -> float:
+def pseudo_mass(rule: str, tokens, entropy, settings: Settings, every: int, beside=None) -> float:
     """Return the mean of `pseudo_totals` over the targets every, 2 * every, ..., the first target being 1."""
-    at = torch.arange(every, len(tokens), every) - 1
-    return float(pseudo_totals(rule, tokens, entropy, settings, at, gate=gate).mean())
+    at = np.arange(every, len(tokens), every) - 1
+    return float(pseudo_totals(rule, tokens, entropy, settings, at, beside=beside).mean())
 
 
 def pseudo_targets(total: int, settings: Settings) -> np.ndarray:
@@ -2347,14 +2309,15 @@ def pseudo_targets(total: int, settings: Settings) -> np.ndarray:
     return np.arange(count) * total // max(count, 1)
 
 
-def pseudo_report(tokens, logp, entropy, target_bytes, settings: Settings, rows=None, gate=None):
+def pseudo_report(tokens, logp, entropy, target_bytes, settings: Settings, rows=None, beside=None):
     """Return what rule PSEUDO makes of a recorded stream, as a line and as numbers; see `pseudo_stream`.
 
-    `target_bytes` (N,). `rows` (Q, V), of `pseudo_totals`, belong to `pseudo_targets`, from which
-    the mass and the bits per byte after division by each target's own sum are taken."""
+    Mass, and bits per byte after division by each target's sum, are of `pseudo_targets`, as `rows` are."""
     rule, at = settings.pseudo, pseudo_targets(len(target_bytes), settings)
-    nats = -pseudo_stream(rule, tokens, logp, entropy, settings, gate)
-    totals = pseudo_totals(rule, tokens, entropy, settings, at, rows, gate)
+    if beside is not None and PSEUDO_RULES[rule].tau < 1:
+        logp, entropy = logp / beside[:, 0] - beside[:, 1], beside[:, 2]
+    nats = -pseudo_stream(rule, tokens, logp, entropy, settings, beside)
+    totals = pseudo_totals(rule, tokens, entropy, settings, at, rows, beside)
     bpb, mass = bits_per_byte(nats.sum(), target_bytes.sum()), float(totals.mean())
     proper = bits_per_byte((nats[at] + totals.log()).sum(), target_bytes[at].sum())
     why = f"probabilities sum to {mass:.4g} on average; after renormalisation {proper:.4f} bpb"
@@ -2365,8 +2328,8 @@ def pseudo_report(tokens, logp, entropy, target_bytes, settings: Settings, rows=
 class PseudoOracle:
     """The tables that #834's gate learns from: n-grams of all training tokens, the batch's own among them.
 
-    Counted once, in blocks; n-grams across blocks are left out, as in the reference. Its shards' headers
-    were counted as 512 tokens each, here they are not. The ranks share the blocks and add up the counts."""
+    The ranks share blocks of tokens; n-grams across blocks are left out, as in the reference, which counted
+    the headers of shards as tokens, too."""
 
     def __init__(self, settings: Settings, process: Process) -> None:
         self.rule, self.process = pseudo_rule(settings.pseudo, settings, gated=True), process
@@ -2379,8 +2342,7 @@ class PseudoOracle:
         try:
             for start in range(rank * ORACLE_BLOCK, stream.total, ranks * ORACLE_BLOCK):
                 block = torch.from_numpy(stream.read(start, min(ORACLE_BLOCK, stream.total - start)))
-                keys = pseudo_keys(self.rule, block.to(self.process.device))
-                pseudo_fill(self.tables, torch.cat(keys))
+                pseudo_fill(self.tables, torch.cat(pseudo_keys(self.rule, block.to(self.process.device))))
         except (DataError, OSError) as error:
             failure = error
         self.process.agree(0.0, failure)
@@ -2389,9 +2351,10 @@ class PseudoOracle:
     def ratios(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Return min(F, C) / C by order of targets after ids, (B, T) each: (B, T, O) float32; -1: none."""
         keys = torch.cat(pseudo_keys(self.rule, torch.cat((ids, targets[:, -1:]), dim=1)))
-        context, pair = self.tables.gather(1, keys.flatten(1)).view(2, -1, *targets.shape)
+        counts = self.tables.gather(1, keys.flatten(1)).view(2, -1, *targets.shape).movedim(1, 2)
+        context, pair = counts.triu(1)  # the reference leaves out a context that begins with the row, too
         ratios = torch.minimum(pair, context) / context
-        return ratios.where(context >= self.rule.min_count, -1.0).movedim(0, -1)
+        return ratios.where(context >= self.rule.min_count, -1.0).transpose(1, 2)
 
     def beside(self, loss):
         """Return `loss` (of a GPT or what wraps it) as a function of ids and targets that looks ratios up."""
@@ -2595,7 +2558,7 @@ class Scorer:
         if not np.array_equal(past[:-1], self.past):
             self.slow, self.neural = None, NeuralSteps(self.model, self.settings, self.process)
             if self.settings.ngram_cache == "exact":
-                *_, (begin, _) = plan_chunks(len(past), self.settings.cache_chunk_tokens)
+                begin = max(c.start for c in plan_chunks(len(past), self.settings.cache_chunk_tokens))
                 first, start = begin + 1, past[: begin + 1]
                 scored = self.score(start, None if self.table is None else self.table[:, :begin])
                 self.slow = SlowCache(start, scored.table[0], scored.mixture, self.settings)
@@ -2835,7 +2798,7 @@ def audit_run(scorer: Scorer, scored: Scored, score: Score, path: Path, dataset:
     artifact, alone = read_artifact(path), Process(0, 1, scorer.process.device)
     model, prices = load_model(artifact, s, alone), scored.mixture.logp.cpu().numpy()
     total = len(tokens) - 1
-    begins = [begin for begin, _ in plan_chunks(total, s.cache_chunk_tokens)]
+    begins = [chunk.start for chunk in plan_chunks(total, s.cache_chunk_tokens)]
     border = next((b for b in begins if b >= 2 * total // 3 + LATE_TARGETS // 2), total)
     late = max(border - LATE_TARGETS // 2, min(HEAD_TARGETS, total))
     spans = [range(min(HEAD_TARGETS, total)), range(late, min(late + LATE_TARGETS, total))]
@@ -3075,8 +3038,8 @@ def score_final(scorer: Scorer, dataset: Dataset, log: Log, clock: Clock) -> tup
 
     Returns the scored stream, its account and all numbers. A pseudo-score goes to the log only."""
     settings, process, numbers = scorer.settings, scorer.process, {}
-    gates = GATES * settings.gate_head
-    scored = scorer.score(dataset.val_tokens, beside=gates)
+    rule, tokens = PSEUDO_RULES.get(settings.pseudo), dataset.val_tokens
+    scored = scorer.score(tokens, beside=rule.beside if rule else 0)
     logp, entropy, prices = scored.table[0], scored.table[1], scored.mixture.logp
     priced = (chunk._replace(logp=prices.index_select(0, chunk.positions)) for chunk in scored.chunks)
     final = account(priced, dataset, process)
@@ -3086,14 +3049,13 @@ def score_final(scorer: Scorer, dataset: Dataset, log: Log, clock: Clock) -> tup
     line = f"final_score: window:{settings.window} stride:{settings.eval_stride} tokens:{final.tokens}"
     line += f" bytes:{final.bytes} val_loss:{final.val_loss:.8f} val_bpb:{final.val_bpb:.8f}"
     log.event("score", f"{line} eval_time:{clock.total_ms:.0f}ms", **final._asdict())
-    if settings.pseudo != "none":
-        tokens = dataset.val_tokens
-        at, peeks = pseudo_targets(len(tokens) - 1, settings), PSEUDO_RULES[settings.pseudo].peeks
-        rows = score_sample(scorer.logits, tokens, at, settings, process) if peeks else None
+    if rule:
+        at = pseudo_targets(len(tokens) - 1, settings)
+        rows = score_sample(scorer.logits, tokens, at, settings, process) if rule.peeks else None
         if process.is_main:
-            gate_logits = scored.table[-gates:].t() if gates else None
+            needed = scored.table[-rule.beside :].t() if rule.beside else None
             streams = (tokens, logp, entropy, dataset.target_bytes)
-            line, pseudo = pseudo_report(*streams, settings, rows, gate_logits)
+            line, pseudo = pseudo_report(*streams, settings, rows, needed)
             log.event("pseudo", line, **pseudo)
     return scored, final, {**final._asdict(), **numbers}
 
@@ -3111,7 +3073,7 @@ def evaluate(
     clock = Clock(process)
     clock.start()
     model = load_model(artifact, settings, process)
-    body = model.gated_logits if settings.gate_head else model.logits
+    body = model.logits if settings.pseudo == "none" else pseudo_logits(model)
     scorer = Scorer(model, settings, process, torch.compile(body, dynamic=False) if compiled else body)
     scored, score, final = score_final(scorer, dataset, log, clock)
     reference = {"xz_bpb": xz_bits_per_byte(dataset, log)} if process.is_main else {}

@@ -357,20 +357,45 @@ PSEUDO_FACTS = {  # orders, chunk, floor, center and factor by order, range of a
 }
 
 
+def cooled_row(logits, tau):
+    """#779's adaptive temperature for one row of logits: log-probabilities at it, and their entropy."""
+    row = logits - np.log(np.exp(logits).sum())
+    entropy = -sum(math.exp(x) * x for x in row)
+    temperature = min(max(1 - (1 - tau) * (1 - entropy / math.log(len(row))), 0.9), 1.05)
+    row = logits / temperature
+    row = row - np.log(np.exp(row).sum())
+    return row, -sum(math.exp(x) * x for x in row)
+
+
+def moved_by_enrichment(w, s, ids):
+    """#810's pe_delta (T,) of one sequence: length of W2 gelu(W1 x) - x, x the smeared embedding."""
+    x = w["tok_emb.weight"][ids]
+    if s.bigram_vocab_size:
+        rows = [bigram_row(ids, t, s.bigram_vocab_size, s.bigram_hash) for t in range(len(ids))]
+        x = x + looked_up(w, "bigram", rows)
+    if s.smear_gate != "off":
+        share = sigmoid(w["smear_gate"])
+        x = np.array([(1 - share) * x[t] + share * (x[t - 1] if t else 0 * x[t]) for t in range(len(x))])
+    enriched = gelu(x @ w["pre_enrich.0.weight"].T) @ w["pre_enrich.2.weight"].T
+    return np.sqrt(((enriched - x) ** 2).sum(axis=1))
+
+
 class PseudoTwin:
     """A hashed evaluator with a dictionary per table, one target at a time: `prices`, `totals`."""
 
-    def __init__(self, rule, tokens, logp, entropy, vocab, rows=None, chunk=None, buckets=None):
+    def __init__(self, rule, tokens, logp, entropy, vocab, rows=None, chunk=None, buckets=None, moved=None):
         self.rule, self.tokens, self.vocab, self.rows = rule, [int(token) for token in tokens], vocab, rows
         self.top, own_chunk, self.floor, self.center, self.factor, self.low, self.high = PSEUDO_FACTS[rule]
         self.buckets, chunk = buckets or 4194304, chunk or own_chunk
         self.context = {n: {} for n in self.center}
         self.full = {n: {} for n in self.center}
-        self.prices, self.totals = [], []
+        self.prices, self.totals, self.boost = [], [], 1.0
         for first in range(1, len(tokens), chunk):
             targets = range(first, min(first + chunk, len(tokens)))
             self.stored = first - 1
             for t in targets:
+                if moved is not None:  # #810's confidence, from what pre-enrichment moves
+                    self.boost = 0.5 + moved[t - 1] / max(moved[u - 1] for u in targets)
                 self.price(t, float(logp[t - 1]), float(entropy[t - 1]))
             for t in targets:
                 for n in self.center:
@@ -411,7 +436,8 @@ class PseudoTwin:
             return 0.0
         share = 1 / (1 + math.exp(-2 * (entropy - self.center.get(n, 4.0))))
         factor = self.factor.get(n, 2.0) if self.factor else 1.0
-        return min(factor * (self.low + (self.high - self.low) * share), 0.95 if self.factor else 1.0)
+        alpha = factor * (self.low + (self.high - self.low) * share) * self.boost
+        return min(alpha, 0.95 if self.factor else 1.0)
 
     def ratio(self, n, count, t, target):
         if n == 0:
@@ -497,7 +523,9 @@ def gated_prices(tokens, logp, gate, vocab, chunk, buckets, top=7):
 
 
 def oracle_ratios(shards, batch, block, buckets, top=7):
-    """#834's training tables by dictionary: ratio min(F, C) / C by (row, position, order), -1 where C < 2."""
+    """#834's training tables by dictionary: ratio min(F, C) / C by (row, position, order), -1 where C < 2.
+
+    As there, order n prices from input j = n - 1 of a row on, though j = n - 2 has a whole context, too."""
     stream = [int(token) for shard in shards for token in shard]
     tables, result = {}, np.full((len(batch), len(batch[0]) - 1, top - 1), -1.0)
 
@@ -515,7 +543,7 @@ def oracle_ratios(shards, batch, block, buckets, top=7):
                     tables[key] = tables.get(key, 0) + 1
     for b, row in enumerate(batch):
         for t in range(1, len(row)):
-            for n in range(2, min(top, t + 1) + 1):
+            for n in range(2, min(top, t) + 1):
                 context, pair = (
                     tables.get(key, 0) for key in keys(n, [int(x) for x in row[t - n + 1 : t + 1]])
                 )

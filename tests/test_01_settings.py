@@ -311,7 +311,7 @@ def observe(env, monkeypatch, tmp_path):
         if (settings := Settings.from_env(env)).pseudo != "none":
             tokens, sizes = np.arange(500) ** 2 % 37 % 11, np.ones(499)
             stream, gate = (tokens, -2 * sizes, 3 * sizes, sizes), np.zeros((499, 7))
-            gate = {"gate": gate} if settings.gate_head else {}
+            gate = {"beside": gate} if settings.gate_head else {}
             seen["pseudo"] = train_gpt.pseudo_report(*stream, settings, **gate)
         seen["warmup"] = (run_dirs[0] / "run.log").read_text().count("warmup_step:")
     for run_dir in run_dirs:

@@ -80,10 +80,16 @@ def test_any_stream(tokens, order):
 
 
 def test_two_step_sort_and_two_threads_change_nothing(monkeypatch):
-    tokens = random_tokens(300, 500)
+    tokens, cuts = random_tokens(300, 500), []
     expected = [rows_of(counts) for _, counts in count_orders(tokens, range(2, 9), 300)]
-    monkeypatch.setattr(train_gpt, "PART_OF_SORT", 0)
+
+    def one_thread(group, target, cut=0):
+        cuts.append(cut)
+        return line_up(group, target)
+
+    monkeypatch.setattr(train_gpt, "line_up", one_thread)
     assert [rows_of(counts) for _, counts in count_orders(tokens, range(2, 9), 300)] == expected
+    assert min(cuts[1:]) > 0  # both threads had something to sort
 
     def two_steps(group, target, cut=0):
         return line_up(group + 2**62, target, cut)  # group and place no longer fit one word
@@ -116,8 +122,8 @@ def test_counts_of_all_targets_add_up_to_the_contexts():
 
 def families_of(tokens, settings):
     return {
-        name: torch.stack((*evidence.counts, evidence.hits, evidence.age))
-        for name, evidence in count_families(tokens, settings)
+        name: torch.stack((*counts, hits, age))
+        for name, (counts, hits, age) in count_families(tokens, settings)
     }
 
 
@@ -149,20 +155,20 @@ def test_later_tokens_change_nothing_that_a_weight_may_know(t):
     changed = tokens.clone()
     changed[t:] = (changed[t:] + 5) % 12
     before, after = (recall(stream, settings) for stream in (tokens, changed))
-    for one, other in zip(before.codes, after.codes, strict=True):
-        assert one[:, :t].equal(other[:, :t])
     assert before.proposals[:, :t].equal(after.proposals[:, :t])
-    for one, other in zip(before.share + before.right, after.share + after.right, strict=True):
-        assert one[: t - 1].equal(other[: t - 1])
+    for name, (codes, *prices) in before.families.items():
+        other_codes, *other_prices = after.families[name]
+        assert codes[:, :t].equal(other_codes[:, :t])
+        for one, other in zip(prices, other_prices, strict=True):
+            assert one[: t - 1].equal(other[: t - 1])
 
 
 def test_codes_hold_the_largest_split():
     assert train_gpt.CODE_LOG * np.log1p(2**30) < 255
 
 
-def test_a_sort_in_two_parts_never_cuts_a_group(monkeypatch):
+def test_a_sort_in_two_parts_never_cuts_a_group():
     """One context makes up most of the stream: the middle of the line is inside its group."""
-    monkeypatch.setattr(train_gpt, "PART_OF_SORT", 0)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.stack(
         (torch.zeros(150, dtype=torch.int64), torch.randint(0, 9, (150,), generator=generator))

@@ -42,7 +42,7 @@ def case(vocab_size=12, length=250, seed=0, **more):
 
 def test_whole_distribution_sums_to_one_and_the_fast_path_equals_it():
     tokens, rows, logp, entropy, settings = case()
-    fast = mix_prices(tokens, recall(tokens, settings), logp, entropy, None, settings).logp
+    fast = mix_prices(tokens, recall(tokens, settings), logp, entropy, None, settings)[0]
     slow = reference.SlowMixture(12, ORDERS, 4, settings.cache_hidden, 2, settings.cache_lr, 96)
     slow.reveal(int(tokens[0]), 0.0)
     deviations = []
@@ -123,7 +123,7 @@ class Pipeline:
         )
         rows = train_gpt.hand_over(list(stream), len(tokens) - 1, len(known.proposals), self.process)
         logp, entropy, *proposed = rows
-        return mix_prices(tokens, known, logp, entropy, torch.stack(proposed), self.settings).logp
+        return mix_prices(tokens, known, logp, entropy, torch.stack(proposed), self.settings)[0]
 
     def change_before(self, t, tokens):
         """Largest change of a price before token t when all tokens from t on are others."""
@@ -154,9 +154,7 @@ def counted_itself(count_line):
     def cheat(line, extended, tokens):
         counts, *rest = count_line(line, extended, tokens)
         known = counts.context > 0
-        return train_gpt.Evidence(
-            counts._replace(full=counts.full + known, context=counts.context + known), *rest
-        )
+        return (counts._replace(full=counts.full + known, context=counts.context + known), *rest)
 
     return cheat
 
@@ -166,7 +164,7 @@ def hits_of_now(count_line):
 
     def cheat(line, extended, tokens):
         counts, hits, age = count_line(line, extended, tokens)
-        return train_gpt.Evidence(counts, hits + (counts.last == tokens[1:]).int(), age)
+        return counts, hits + (counts.last == tokens[1:]).int(), age
 
     return cheat
 
@@ -250,7 +248,7 @@ def test_deterministic_and_free_of_global_randomness():
 @pytest.mark.parametrize(("total", "most"), [(0, 8), (1, 8), (63, 512), (64, 512), (5_003, 512), (70_000, 1)])
 def test_chunks_cover_every_target_once_and_do_not_know_the_end(total, most):
     chunks = list(plan_chunks(total, most))
-    assert [place for begin, end in chunks for place in range(begin, end)] == list(range(total))
+    assert [place for part in chunks for place in range(part.start, part.stop)] == list(range(total))
     longer = list(plan_chunks(2 * total + 9, most))
     assert longer[: len(chunks) - 1] == chunks[:-1]
 
@@ -335,6 +333,8 @@ def test_without_cache_and_with_a_closed_gate_the_score_is_the_neural_one(env, t
 
 
 def test_two_ranks_equal_one(env, tmp_path):
+    """The score, and the pseudo-score at a temperature that each rank takes from its own rows."""
+    env |= {"PSEUDO": "pr779", "NGRAM_BUCKETS": "64", "NGRAM_CHUNK_TOKENS": "50", "PSEUDO_SAMPLE": "40"}
     assert train_gpt.main(env) == 0
     again = {**env, "EVAL_ONLY": f"{env['RUN_DIR']}/artifact.bin", "RUN_DIR": str(tmp_path / "two")}
     assert torchrun(2, "train_gpt.py", env=again).returncode == 0
@@ -342,6 +342,9 @@ def test_two_ranks_equal_one(env, tmp_path):
     assert two["world_size"] == 2
     assert two["val_bpb"] == pytest.approx(one["val_bpb"], abs=1e-6)
     assert two["neural_bpb"] == pytest.approx(one["neural_bpb"], abs=1e-6)
+    (one,), (two,) = metrics_of(env, "pseudo"), metrics_of(again, "pseudo")
+    for name in ("pseudo_bpb", "mass", "renormalized_bpb"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5)
 
 
 @pytest.mark.parametrize(

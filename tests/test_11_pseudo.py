@@ -21,6 +21,7 @@ from train_gpt import (
     Settings,
     TokenStream,
     pseudo_keys,
+    pseudo_logits,
     pseudo_mass,
     pseudo_report,
     pseudo_rule,
@@ -219,7 +220,7 @@ def test_the_gate_weighs_all_orders_as_the_loops_do(buckets, targets, vocab, top
     assert got.dtype == torch.float64
     assert got.numpy() == pytest.approx(prices, rel=1e-12)
     assert got[:50].numpy() == pytest.approx(logp[:50].astype(np.float64), rel=1e-12)
-    got = pseudo_totals("pr834", tokens, entropy, settings, np.arange(targets), gate=torch.from_numpy(gate))
+    got = pseudo_totals("pr834", tokens, entropy, settings, np.arange(targets), beside=torch.from_numpy(gate))
     assert got.numpy() == pytest.approx(totals, rel=1e-12)
     if targets > 50:
         other = pseudo_stream("pr834", tokens, logp, entropy, settings, gate[:, ::-1].copy())
@@ -236,11 +237,117 @@ def test_tensors_and_arrays_give_the_same():
     assert pseudo_stream(
         "pr834", *tensors, torch.from_numpy(entropy), settings, torch.from_numpy(gate)
     ).equal(arrays)
-    line, numbers = pseudo_report(tokens, logp, entropy, np.ones(300, np.uint16), settings, gate=gate)
+    line, numbers = pseudo_report(tokens, logp, entropy, np.ones(300, np.uint16), settings, beside=gate)
     assert line.startswith("pseudo pr834: ")
     assert numbers["pseudo_bpb"] == pytest.approx(-arrays.mean().item() / math.log(2))
     mass = pseudo_mass("pr834", tokens, entropy, settings, 1, gate)
     assert mass == pytest.approx(numbers["mass"])
+
+
+def run_model(rule, **more):
+    """A small model whose weights matter, as a run with PSEUDO=rule would score it; settings, model."""
+    shape = {"RECIPE": "smoke", "VOCAB_SIZE": "40", "TRAIN_SEQ_LEN": "16", "VAL_BATCH_SIZE": "256"}
+    shape |= {"PSEUDO": rule, "NGRAM_BUCKETS": "64", "NGRAM_CHUNK_TOKENS": "30", "EVAL_STRIDE": "5", **more}
+    settings = Settings.from_env({**shape, "GATE_HEAD": str(int(rule == "pr834"))})
+    torch.manual_seed(0)
+    model = train_gpt.GPT(settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return settings, model
+
+
+def scored(settings, model, tokens, ranks=1, lost=()):
+    """Return what `ranks` ranks but those `lost` hand over: logp, entropy (N,), the rest (N, K), sample."""
+    rule, parts, samples = PSEUDO_RULES[settings.pseudo], [], []
+    at, logits = pseudo_targets(len(tokens) - 1, settings), pseudo_logits(model)
+    for rank in set(range(ranks)) - set(lost):
+        share = train_gpt.Process(rank, ranks, torch.device("cpu"))
+        alone = types.SimpleNamespace(
+            rank=rank, world_size=ranks, device=share.device, sum=lambda table: table
+        )
+        alone.progress, alone.precision = share.progress, share.precision
+        stream = list(train_gpt.score_stream(logits, tokens, settings, 5, share, "test"))
+        parts.append(train_gpt.hand_over(stream, len(tokens) - 1, rule.beside, alone))
+        samples.append(train_gpt.score_sample(logits, tokens, at, settings, alone))
+    logp, entropy, *beside = sum(parts)
+    return logp, entropy, torch.stack(beside, dim=1) if beside else None, sum(samples) if rule.peeks else None
+
+
+@pytest.mark.parametrize("rule", PSEUDO_RULES)
+def test_one_and_eight_ranks_give_the_same(rule):
+    """Each rank scores its windows, all of it is handed over and one rank walks the stream."""
+    settings, model = run_model(rule, PRE_ENRICH_DIM="24" if rule == "pr810" else "0")
+    tokens = recorded(333, 40, seed=7)[0]
+    sizes, found = np.ones(333, np.int64), []
+    for ranks, lost in ((1, ()), (8, ()), (8, (5,))):
+        logp, entropy, beside, rows = scored(settings, model, tokens, ranks, lost)
+        numbers = pseudo_report(tokens, logp, entropy, sizes, settings, rows, beside)[1]
+        found.append([numbers[name] for name in ("pseudo_bpb", "mass", "renormalized_bpb")])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert found[2] != pytest.approx(found[0], rel=1e-3)  # sabotage: one rank's share is lost on the way
+
+
+@pytest.mark.parametrize("cheat", [False, True])
+def test_pr779s_temperature_is_the_loops(monkeypatch, cheat):
+    """Prices and sums at the adaptive temperature of each row; the saboteur leaves the entropy unscaled."""
+    settings, model = run_model("pr779", TIED_EMBED_INIT_STD="0.5")
+    tokens = recorded(200, 40, seed=8)[0]
+    logp, entropy, beside, _ = scored(settings, model, tokens)
+    plan, expected = reference.windows(200, 16, 5), np.zeros((2, 200))
+    for start, first, stop in plan:
+        rows = model.logits(torch.tensor(tokens[start:stop].astype(np.int64))[None])[0].detach().double()
+        for t in range(first, stop):
+            row, expected[1, t] = reference.cooled_row(rows[t - start].numpy(), 0.98)
+            expected[0, t] = row[tokens[t + 1]]
+    assert abs(expected[1] - entropy.numpy()).max() > 1e-3  # the temperature acts
+    if cheat:
+        beside = torch.cat((beside[:, :2], entropy[:, None]), dim=1)
+    numbers = pseudo_report(tokens, logp, entropy, np.ones(200, np.int64), settings, beside=beside)[1]
+    twin = reference.PseudoTwin("pr779", tokens, *expected, 40, None, 30, 64)
+    want = [-np.mean(twin.prices) / math.log(2), np.mean(twin.totals)]
+    got = [numbers["pseudo_bpb"], numbers["mass"]]
+    assert (got == pytest.approx(want, rel=1e-5)) is not cheat
+    plain = reference.PseudoTwin("pr779", tokens, logp.numpy(), entropy.numpy(), 40, None, 30, 64)
+    recorded_prices = pseudo_stream("pr779", tokens, logp, entropy, settings)
+    assert recorded_prices.numpy() == pytest.approx(plain.prices, rel=1e-12)  # recorded: no temperature
+
+
+@pytest.mark.parametrize("cheat", [None, "whole stream", "reversed"])
+def test_pr810s_confidence_is_the_loops(cheat):
+    """What pre-enrichment moves, over its maximum in the chunk, in prices and sums alike."""
+    more = {"SMEAR_GATE": "twentieth", "BIGRAM_VOCAB_SIZE": "30", "BIGRAM_HASH": "linear"}
+    settings, model = run_model("pr810", PRE_ENRICH_DIM="24", **more)
+    tokens = recorded(200, 40, seed=9)[0]
+    logp, entropy, beside, _ = scored(settings, model, tokens)
+    weights = {name: weight.detach().double().numpy() for name, weight in model.named_parameters()}
+    moved = np.zeros(200)
+    for start, first, stop in reference.windows(200, 16, 5):
+        found = reference.moved_by_enrichment(weights, settings, tokens[start:stop].astype(np.int64))
+        moved[first:stop] = found[first - start :]
+    assert beside[:, 0].numpy() == pytest.approx(moved, rel=1e-4)
+    twin = reference.PseudoTwin("pr810", tokens, logp, entropy, 40, None, 30, 64, moved)
+    if cheat == "whole stream":  # every chunk has the stream's maximum at its first target
+        beside = beside.clone()
+        beside[::30] = beside.max()
+    if cheat == "reversed":
+        beside = beside.flip(0)
+    got = pseudo_stream("pr810", tokens, logp, entropy, settings, beside).numpy()
+    totals = pseudo_totals("pr810", tokens, entropy, settings, np.arange(200), beside=beside).numpy()
+    assert (got == pytest.approx(twin.prices, rel=1e-4)) is (cheat is None)
+    assert (totals == pytest.approx(twin.totals, rel=1e-4)) is (cheat is None)
+    without = pseudo_stream("pr810", tokens, logp, entropy, settings)
+    nothing = pseudo_stream("pr810", tokens, logp, entropy, settings, torch.zeros(200, 1))
+    assert without.equal(nothing)  # a model without pre-enrichment moves nothing: 0.5
+
+
+def test_what_travels_beside_the_logits_changes_none():
+    for rule, described in PSEUDO_RULES.items():
+        model = run_model(rule)[1]
+        ids = torch.randint(0, 40, (2, 16), generator=torch.Generator().manual_seed(1))
+        rows = pseudo_logits(model)(ids, 5)
+        assert rows.shape == (2, 5, 40 + described.beside) and rows.dtype == torch.float32
+        assert rows[..., :40].equal(model.logits(ids, 5))
 
 
 def oracle_case(folder, monkeypatch):
@@ -264,7 +371,8 @@ def test_oracle_is_the_dictionary_and_headers_are_no_tokens(tmp_path, process, m
     want = reference.oracle_ratios(shards, batch.numpy(), 53, 64)
     assert got.dtype == torch.float32
     np.testing.assert_allclose(got, want, rtol=1e-6)
-    assert (want >= 0).mean() > 0.9
+    assert (want[:, 6:] >= 0).mean() > 0.9  # from position n - 1 on order n has a ratio
+    assert (want[0] >= 0).argmax(axis=0).tolist() == [1, 2, 3, 4, 5, 6]
     # Bigrams: one for each token but the first of each of 14 blocks, in both kinds of table.
     assert oracle.tables.sum(dim=1)[[0, 6]].tolist() == [701 - 14] * 2
     wrong = reference.oracle_ratios(shards, batch.numpy(), 701, 64)

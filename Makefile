@@ -27,7 +27,7 @@ lint: .venv/dev.stamp
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
 
-bench: .venv/run.stamp
+bench: data
 	$(VENV) records/bench.py
 
 clean:

@@ -2538,13 +2538,10 @@ class Scorer:
         if table is None:
             chunks = list(score_stream(self.logits, tokens, s, s.eval_stride, process, "score", proposals))
             table = hand_over(chunks, len(ids) - 1, len(proposals) + beside, process)
-        mixture = Mixture(table[0], {"neural": 1.0}, None, 0.0)
+        mixture = Mixture(table[0] * process.is_main, {"neural": 1.0}, None, 0.0)
         if known and process.is_main:
             mixture = mix_prices(ids, known, table[0], table[1], table[2 : 2 + len(proposals)], s)
-        if known and process.world_size > 1:
-            own = mixture.logp if process.is_main else torch.zeros_like(table[0])
-            mixture = mixture._replace(logp=process.sum(own))
-        return Scored(chunks, table, mixture)
+        return Scored(chunks, table, mixture._replace(logp=process.sum(mixture.logp)))
 
     def prices(self, tokens: np.ndarray) -> np.ndarray:
         """Return the log-probability (N,) of every target of `tokens` (N + 1,), in nats."""

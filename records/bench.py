@@ -3,19 +3,24 @@
 Per recipe: training tokens a second, the share of a step that the optimizers take, scoring tokens a second,
 seconds and size of an artifact. For the exact cache: tokens a second and memory, from 1 to 16 million tokens.
 For the hashed pseudo-scores: tokens a second of #864's rule, and of the same rule in straightforward numpy,
-with one bincount over all buckets per chunk and table. Machines are noisy: each figure is the median of
+with one bincount over all buckets per chunk and table. For the codec: bytes a second and bits per byte of a
+text coded by an artifact of the cpu recipe (ARTIFACT=<file>, or the newest one in runs/, or one trained for
+a few steps), next to xz and PPMd on the same text. Machines are noisy: each figure is the median of
 several repetitions, and what is compared is measured in one run.
 """
 
 from __future__ import annotations
 
 import json
+import lzma
+import os
 import platform
 import re
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,6 +32,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import reference  # noqa: E402
 
 import train_gpt  # noqa: E402
+
+try:
+    import pyppmd  # of requirements-dev.txt
+except ImportError:
+    pyppmd = None
 
 # Recipes at a batch that the machine at hand can take: (recipe, variables on a CPU, variables on a GPU).
 CASES = (
@@ -41,6 +51,7 @@ CASES = (
 
 CACHE_MILLIONS = (1, 2, 4, 8, 16)  # lengths of the streams that the exact cache is measured on, times 2**20
 PASSAGE = 32  # tokens of a copied passage in the made-up stream
+TEXT_BYTES, SHORT_STEPS = 100_000, 100  # of the text that is coded; of an artifact trained for that alone
 
 
 def processor_name() -> str:
@@ -197,6 +208,54 @@ def bench_pseudo(process: train_gpt.Process) -> dict[str, float]:
     }
 
 
+def cpu_artifact(folder: Path) -> tuple[Path, str]:
+    """Return an artifact of the cpu recipe and where it is from; trained in `folder` where there is none."""
+    if named := os.environ.get("ARTIFACT"):
+        return Path(named), "named by ARTIFACT"
+    runs = sorted((ROOT / "runs").glob("*/artifact.bin"), key=lambda path: -path.stat().st_mtime)
+    for path in runs:
+        result = json.loads((path.parent / "result.json").read_text())
+        if (result["recipe"], result["exit_code"]) == ("cpu", 0):
+            return path, f"{result['steps']} steps, val_bpb {result['val_bpb']:.4f}"
+    variables = {"RECIPE": "cpu", "ITERATIONS": str(SHORT_STEPS), "MAX_WALLCLOCK_SECONDS": "0"}
+    variables |= {"WARMDOWN_ITERS": str(SHORT_STEPS // 2), "RUN_DIR": str(folder)}
+    in_script(variables)
+    return folder / "artifact.bin", f"{SHORT_STEPS} steps, trained for this"
+
+
+def in_script(variables: dict[str, str]) -> str:
+    """Return the last line of the script, run in a process of its own."""
+    command, environment = [sys.executable, "train_gpt.py"], {**os.environ, **variables}
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.splitlines()[-1]
+
+
+def bench_codec() -> dict[str, object]:
+    """Return speed and size of the codec on the first validation documents of the standard library."""
+    recipe = train_gpt.Settings.from_env({"RECIPE": "cpu"})
+    shard = train_gpt.find_shards(ROOT / recipe.data_path, "val")[0]
+    tokenizer = train_gpt.Tokenizer.load(ROOT / recipe.tokenizer_path)
+    text = tokenizer.decode(train_gpt.open_shard(shard)[:TEXT_BYTES].tolist())[:TEXT_BYTES]
+    with tempfile.TemporaryDirectory() as name:
+        artifact, origin = cpu_artifact(Path(name) / "run")
+        source, coded, back = (Path(name) / file for file in ("text", "coded", "back"))
+        source.write_bytes(text)
+        speeds = {}
+        for work, start, end in (("compress", source, coded), ("decompress", coded, back)):
+            files = {"ARTIFACT": str(artifact), "INPUT": str(start), "OUTPUT": str(end)}
+            line = in_script({"RECIPE": "cpu", "CODEC": work, **files})
+            speeds[work] = len(text) / float(line.split("seconds:")[1])
+        if back.read_bytes() != text:
+            raise RuntimeError(f"{artifact} does not give the text back")
+        sizes = {"coded": coded.stat().st_size}
+    sizes["xz"] = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
+    if pyppmd:
+        sizes["ppmd"] = len(pyppmd.compress(text, max_order=16, mem_size=2**26))
+    figures: dict[str, object] = {"artifact": origin, "bytes": len(text)}
+    figures |= {f"{work}_bytes_per_second": speed for work, speed in speeds.items()}
+    return figures | {f"{coder}_bits_per_byte": 8 * size / len(text) for coder, size in sizes.items()}
+
+
 def figures_line(figures: dict[str, object]) -> str:
     """Return the numbers among `figures` as text."""
     return " ".join(f"{k}:{v:.4g}" for k, v in figures.items() if isinstance(v, int | float))
@@ -219,6 +278,8 @@ def main() -> int:
             print(f"bench:{recipe} {figures_line(figures)}", flush=True)
         report["pseudo"] = bench_pseudo(process)
         print(f"bench:pseudo {figures_line(report['pseudo'])}", flush=True)
+    report["codec"] = bench_codec()
+    print(f"bench:codec {figures_line(report['codec'])}", flush=True)
     path = ROOT / "records" / "bench" / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower()}.json"
     train_gpt.write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
     print(f"written to {path.relative_to(ROOT)}")

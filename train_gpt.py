@@ -1738,10 +1738,9 @@ def read_artifact(path: Path) -> Artifact:
 def plan_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
     """Return the scoring windows of `total` targets, (windows, 3) int64: start, first, stop.
 
-    A window reads the inputs start ... stop - 1 (at most seq_len) and prices the targets first ... stop - 1,
-    counted from 0; target i follows input i. The first window prices all of its targets, each later one the
-    next `stride`, with as much context as fits. A window starts where it does whatever `total` is: what is
-    still to come changes no context. Pure."""
+    A window reads inputs start ... stop - 1 (at most seq_len) and prices targets first ... stop - 1, counted
+    from 0; target i follows input i. The first window prices all of its targets, each later one the next
+    `stride`, with as much context as fits: what is still to come moves no start."""
     firsts = np.concatenate(([0] * (total > 0), np.arange(seq_len, total, stride))).astype(np.int64)
     starts = np.where(firsts > 0, firsts + stride - seq_len, 0)
     return np.stack((starts, firsts, np.append(firsts[1:], total)[: len(firsts)]), axis=1)
@@ -3137,9 +3136,7 @@ def log_cache(scored: Scored, dataset: Dataset, log: Log) -> dict[str, object]:
 def evaluate(
     artifact: Artifact, dataset: Dataset, settings: Settings, process: Process, log: Log, compiled, path: Path
 ) -> dict[str, object]:
-    """Score the validation split with a fresh model of the artifact's weights; return the score's numbers.
-
-    A pseudo-score goes to the log only."""
+    """Return the numbers of the artifact's score on the validation split; a pseudo-score is logged only."""
     tokens, pseudo, clock = dataset.val_tokens, settings.pseudo != "none", Clock(process)
     clock.start()
     model, gates = load_model(artifact, settings, process), GATES * settings.gate_head
@@ -3162,8 +3159,8 @@ def evaluate(
         line += f" bytes:{score.bytes} val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}"
         log.event("score", f"{line} eval_time:{clock.total_ms:.0f}ms", **score._asdict())
         if pseudo:
-            gate, nats = scored.table[-gates:].t() if gates else None, scored.table[:2]
-            line, figures = pseudo_report(tokens, *nats, dataset.target_bytes, settings, rows, gate)
+            gate, neural = scored.table[-gates:].t() if gates else None, scored.table[:2]
+            line, figures = pseudo_report(tokens, *neural, dataset.target_bytes, settings, rows, gate)
             log.event("pseudo", line, **figures)
         numbers["xz_bpb"] = None
         if dataset.manifest and score.bytes <= RAW_TEXT_LIMIT:
@@ -3178,14 +3175,13 @@ def evaluate(
 
 def run(settings: Settings, process: Process, log: Log, artifact: Artifact | None) -> dict[str, object]:
     """Do the whole run, or score `artifact` if there is one; return all final numbers. Raises RunError."""
-    script, path = Path(__file__), Path(settings.eval_only or log.folder / "artifact.bin")
-    hashes = {"script_sha256": file_sha256(script)}
+    script_sha256, path = file_sha256(Path(__file__)), Path(settings.eval_only or log.folder / "artifact.bin")
     changed = " ".join(f"{name}={value}" for name, value in settings.changed().items()) or "none"
     log.event("settings", f"settings that differ from the defaults: {changed}", **vars(settings))
     cuda, ranks, slots = process.device.type == "cuda", process.world_size, settings.micro_batch_slots
     device = torch.cuda.get_device_name() if cuda else f"cpu with {torch.get_num_threads()} threads"
     log.line(f"torch:{torch.__version__} python:{platform.python_version()} device:{device}")
-    log.line(f"script_sha256:{hashes['script_sha256']}")
+    log.line(f"script_sha256:{script_sha256}")
     log.line(f"world_size:{ranks} grad_accum_steps:{slots // ranks} seed:{settings.seed}")
     dataset = load_dataset(settings, artifact and artifact.tokenizer)
     if stream := dataset.stream:
@@ -3209,12 +3205,12 @@ def run(settings: Settings, process: Process, log: Log, artifact: Artifact | Non
         artifact = read_artifact(path)
     if artifact.tokenizer_sha256 != dataset.tokenizer.sha256:
         raise DataError(f"TOKENIZER_PATH={settings.tokenizer_path}: {path} was made with another; set that")
-    size, code, limit = artifact.size, script.stat().st_size, settings.artifact_limit_bytes
+    size, code, limit = artifact.size, os.path.getsize(__file__), settings.artifact_limit_bytes
     sizes = {"artifact_bytes": size, "code_bytes": code, "total_bytes": size + code}
     line = f"artifact:{path} weights:{size} code:{code} total:{size + code} limit:{limit} bytes"
     log.event("artifact", line, **sizes)
     result = evaluate(artifact, dataset, settings, process, log, compiled, path) | numbers | sizes
-    result["hashes"] = {"artifact_sha256": artifact.sha256, **hashes, **dataset.hashes}
+    result["hashes"] = {"artifact_sha256": artifact.sha256, "script_sha256": script_sha256, **dataset.hashes}
     score = "final val_bpb:{val_bpb:.8f} val_loss:{val_loss:.8f} artifact_bytes:{artifact_bytes}"
     seconds = "train_seconds:{train_seconds:.1f} eval_seconds:{eval_seconds:.1f}"
     log.event("result", f"{score} {seconds}".format(**result), **result)
@@ -3234,7 +3230,7 @@ def failure_of(error: BaseException) -> tuple[int, str]:
     return 1, repr(error)
 
 
-def run_and_record(settings: Settings, process: Process, artifact: Artifact | None, note: str) -> None:
+def run_and_record(settings: Settings, process: Process, artifact: Artifact | None, assumed: bool) -> None:
     """Run, and write result.json whatever happens; raises SizeError and AuditError once all is recorded."""
     run_id = settings.run_id or f"{settings.recipe}-seed{settings.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(settings.run_dir or f"runs/{process.share(run_id)}")
@@ -3243,8 +3239,8 @@ def run_and_record(settings: Settings, process: Process, artifact: Artifact | No
     log = Log(process, run_dir)
     for name in ("result.json", "artifact.bin") if process.is_main else ():
         (run_dir / name).unlink(missing_ok=True)
-    if note:
-        log.line(note)
+    if assumed:
+        log.line("RECIPE is not set and there is no CUDA device: RECIPE=cpu")
     record: dict[str, object] = {"exit_code": 0, "run_id": run_id, "recipe": settings.recipe}
     record |= {"seed": settings.seed, "world_size": process.world_size, "settings": settings.changed()}
     try:
@@ -3264,17 +3260,15 @@ def run_and_record(settings: Settings, process: Process, artifact: Artifact | No
 
 def main(environment: Mapping[str, str]) -> int:
     """Run what `environment` asks for and return the exit code."""
-    note = ""
-    if "RECIPE" not in environment and not torch.cuda.is_available():
-        environment = {**environment, "RECIPE": "cpu"}
-        note = "RECIPE is not set and there is no CUDA device: RECIPE=cpu"
+    assumed = "RECIPE" not in environment and not torch.cuda.is_available()
+    environment = {**environment, "RECIPE": "cpu"} if assumed else environment
     try:
         path = environment.get("EVAL_ONLY") or environment.get("ARTIFACT")
         artifact = read_artifact(Path(path)) if path else None
         settings = Settings.from_env(environment, artifact and artifact.settings)
         with open_process(environment, settings) as process:
             if settings.codec == "none":
-                run_and_record(settings, process, artifact, note)
+                run_and_record(settings, process, artifact, assumed)
             else:
                 run_codec(settings, process, artifact)
         return 0

@@ -2,6 +2,10 @@
 
 One file, read from top to bottom; every section uses only what stands above it.
 
+    environment -> Settings -> shards -> GPT.logits -> Optimizers -> Averages -> artifact.bin --(disk)--> GPT
+                                                                                                           |
+             result.json <- account (nats, tokens, bytes) <- mix_prices <- ScoredChunk <-------------------+
+
     section                        comes in                  goes out
     1  SETTINGS                    environment mapping       Settings, frozen and checked
     2  PROCESS AND LOG             Settings, torchrun        Process (rank, device), Log, Clock
@@ -10,7 +14,7 @@ One file, read from top to bottom; every section uses only what stands above it.
     5  OPTIMIZER                   gradients                 weights one step on
     6  AVERAGING                   weights of every step     averaged weights
     7  QUANTIZATION AND ARTIFACT   weights                   one file, and weights back from it
-    8  NEURAL SCORING              model, tokens             ScoredChunk stream, Ledger -> bits per byte
+    8  NEURAL SCORING              model, tokens             ScoredChunk stream, account -> bits per byte
     9  EXACT COUNTS                tokens                    Recall: what was seen before each target
     10  MIXTURE                    ScoredChunks, Recall      prices of the mixture -> val_bpb
     11  HASHED PSEUDO-SCORES       recorded stream           figures that are no scores
@@ -462,13 +466,21 @@ class Process:
             dist.all_gather_object(values, value)
         return values
 
-    def agree(self, elapsed_ms: float, failure: Exception | None) -> float:
-        """Return rank 0's `elapsed_ms` on every rank; raise on every rank if any rank brings a `failure`."""
-        mine = [elapsed_ms if self.is_main else 0.0, failure is not None]
-        agreed_ms, failed = self.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
-        if failed:
+    def agree(self, elapsed_ms: float) -> float:
+        """Return rank 0's `elapsed_ms` on every rank."""
+        mine = elapsed_ms if self.is_main else 0.0
+        return self.sum(torch.tensor(mine, dtype=torch.float64)).item()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise on every rank the RunError or OSError that one meets in the body: nobody waits for it."""
+        failure = None
+        try:
+            yield
+        except (RunError, OSError) as error:
+            failure = error
+        if self.sum(torch.tensor(float(failure is not None))):
             raise next(error for error in self.share(failure) if error)
-        return agreed_ms
 
     def synchronize(self) -> None:
         """Wait until the device has done everything it was given."""
@@ -543,9 +555,9 @@ class Log:
         self.event(event, line, step=step, train_time_ms=train_time_ms, **values)
 
     def close(self, error: object = None) -> None:
-        """Write the error that ended the run, if one did (console: stderr), and close both files."""
-        if error:
-            self.line(f"error: {error}", sys.stderr)
+        """Write the error that ended the run, if one did, to run.log and close both files."""
+        if error and self.files:
+            self.files[0].write(f"error: {error}\n")
         for file in self.files:
             file.close()
 
@@ -1607,8 +1619,8 @@ def read_artifact(path: Path) -> Artifact:
 
 
 # ============================================================================================================
-# 8 NEURAL SCORING. In: a model and a token stream. Out: `ScoredChunk`s, and from them, through one `Ledger`,
-# val_loss and val_bpb. `plan_windows` prices every target exactly once, whatever the total; the ledger counts
+# 8 NEURAL SCORING. In: a model and a token stream. Out: `ScoredChunk`s, and from them, by `account` alone,
+# val_loss and val_bpb. `plan_windows` prices every target exactly once, whatever the total; `account` counts
 # and refuses otherwise. Nats become bits here and nowhere else.
 # ============================================================================================================
 
@@ -1616,10 +1628,9 @@ def read_artifact(path: Path) -> Artifact:
 def plan_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
     """Return the scoring windows of `total` targets, (windows, 3) int64: start, first, stop.
 
-    A window reads the inputs start ... stop - 1 (at most seq_len) and prices the targets first ... stop - 1,
-    counted from 0; target i follows input i. The first window prices all of its targets, each later one the
-    next `stride`, with as much context as fits. A window starts where it does whatever `total` is: what is
-    still to come changes no context. Pure."""
+    A window reads inputs start ... stop - 1 (at most seq_len) and prices targets first ... stop - 1, counted
+    from 0; target i follows input i. The first window prices all of its targets, each later one the next
+    `stride`, with as much context as fits: what is still to come moves no start."""
     firsts = np.concatenate(([0] * (total > 0), np.arange(seq_len, total, stride))).astype(np.int64)
     starts = np.where(firsts > 0, firsts + stride - seq_len, 0)
     return np.stack((starts, firsts, np.append(firsts[1:], total)[: len(firsts)]), axis=1)
@@ -1670,16 +1681,14 @@ def score_stream(
     logits, tokens: np.ndarray, settings: Settings, stride: int, process: Process, label: str, proposals=None
 ) -> Iterator[ScoredChunk]:
     """Yield this rank's share of all targets of `tokens` (N + 1,); `proposals` (K, N): tokens priced too."""
-    total, device = len(tokens) - 1, process.device
-    proposals = torch.empty((0, total), device=device) if proposals is None else proposals
-    plan = plan_windows(total, settings.window, stride)[process.rank :: process.world_size]
-    following = torch.from_numpy(tokens[1:].astype(np.int32)).to(device)
+    plan = plan_windows(len(tokens) - 1, settings.window, stride)[process.rank :: process.world_size]
+    asked = torch.from_numpy(tokens[None, 1:].astype(np.int32)).to(process.device)
+    asked = asked if proposals is None else torch.cat((asked, proposals))  # (1 + K, N)
     for positions, rows, rest in score_windows(logits, tokens, plan, settings, process, label):
-        targets, asked = following[positions].long(), proposals.index_select(1, positions).long()
-        known = asked < rows.shape[1]
-        proposed = rows.gather(1, asked.where(known, 0).t()).t() * known
-        logp, entropy = rows.gather(1, targets[:, None])[:, 0], -(rows.exp() * rows).sum(dim=-1)
-        yield ScoredChunk(positions, targets, logp, entropy, torch.cat((proposed, rest.t().float())))
+        ids = asked.index_select(1, positions).long()
+        known, entropy = ids < rows.shape[1], -(rows.exp() * rows).sum(dim=-1)
+        priced = rows.gather(1, ids.where(known, 0).t()).t() * known
+        yield ScoredChunk(positions, ids[0], priced[0], entropy, torch.cat((priced[1:], rest.t().float())))
 
 
 def score_sample(logits, tokens: np.ndarray, at: np.ndarray, settings: Settings, process: Process) -> Tensor:
@@ -1708,44 +1717,24 @@ class Score(NamedTuple):
     bytes: int
 
 
-class Ledger:
-    """The one place that turns nats, tokens and bytes into val_loss and val_bpb; float64 throughout."""
+def account(chunks: Iterable[ScoredChunk], target_bytes: np.ndarray, process: Process) -> Score:
+    """Return the account of a stream: all ranks' `chunks`, the bytes (N,) of its targets; sums in float64.
 
-    def __init__(self, target_bytes: np.ndarray, process: Process) -> None:
-        """`target_bytes` (N,): the bytes of each target of the stream."""
-        self.process = process
-        self.bytes = int(target_bytes.sum())
-        self.times_priced = torch.zeros(len(target_bytes), dtype=torch.uint8, device=process.device)
-        self.totals = torch.zeros(2, dtype=torch.float64, device=process.device)  # nats, prices taken in
-
-    def add(self, chunk: ScoredChunk) -> None:
-        """Take in one chunk."""
-        self.times_priced.index_add_(0, chunk.positions, torch.ones_like(chunk.positions, dtype=torch.uint8))
-        self.totals[0] -= chunk.logp.double().sum()
-        self.totals[1] += len(chunk.logp)
-
-    def close(self) -> Score:
-        """Return the account over all ranks; raises DataError unless every target was priced exactly once."""
-        nats, prices = self.process.sum(self.totals).tolist()
-        times_priced = self.process.sum(self.times_priced)
-        total, wrong = len(times_priced), int((times_priced != 1).sum())
-        # A counter wraps at 256 repeats; the number of prices does not.
-        if wrong or prices != total:
-            rule = "targets were not priced exactly once"
-            raise DataError(f"{wrong or 'some'} of {total} {rule}; mend the plan")
-        if not math.isfinite(nats):
-            raise NonFiniteError(f"the score is {nats} nats; the artifact's weights are unusable, train anew")
-        if self.bytes == 0:
-            raise DataError("the validation targets have no bytes; set TOKENIZER_PATH to the shards' own")
-        return Score(nats / total, bits_per_byte(nats, self.bytes), total, self.bytes)
-
-
-def account(chunks: Iterable[ScoredChunk], dataset: Dataset, process: Process) -> Score:
-    """Return the account of the validation stream, whose targets the ranks' chunks price exactly once."""
-    ledger = Ledger(dataset.target_bytes, process)
+    Raises DataError unless every target is priced exactly once, NonFiniteError where the sum is no number."""
+    total, size = len(target_bytes), int(target_bytes.sum())
+    nats = torch.zeros((), dtype=torch.float64, device=process.device)
+    times_priced = torch.zeros(total, dtype=torch.int32, device=process.device)
     for chunk in chunks:
-        ledger.add(chunk)
-    return ledger.close()
+        nats -= chunk.logp.double().sum()
+        times_priced.index_add_(0, chunk.positions, torch.ones_like(chunk.positions, dtype=torch.int32))
+    nats, wrong = process.sum(nats).item(), int((process.sum(times_priced) != 1).sum())
+    if wrong:
+        raise DataError(f"{wrong} of {total} targets were not priced exactly once; mend the plan")
+    if not math.isfinite(nats):
+        raise NonFiniteError(f"the score is {nats} nats; the artifact's weights are unusable, train anew")
+    if size == 0:
+        raise DataError("the validation targets have no bytes; set TOKENIZER_PATH to the shards' own")
+    return Score(nats / total, bits_per_byte(nats, size), total, size)
 
 
 # ============================================================================================================
@@ -2336,14 +2325,11 @@ class PseudoOracle:
 
     def count(self, stream: TokenStream) -> None:
         """Count all tokens of `stream`; raises on every rank the DataError or OSError that one meets."""
-        failure, rank, ranks = None, self.process.rank, self.process.world_size
-        try:
+        rank, ranks = self.process.rank, self.process.world_size
+        with self.process.together():
             for start in range(rank * ORACLE_BLOCK, stream.total, ranks * ORACLE_BLOCK):
                 block = torch.from_numpy(stream.read(start, min(ORACLE_BLOCK, stream.total - start)))
                 pseudo_fill(self.tables, torch.cat(pseudo_keys(self.rule, block.to(self.process.device))))
-        except (DataError, OSError) as error:
-            failure = error
-        self.process.agree(0.0, failure)
         self.process.sum(self.tables)
 
     def ratios(self, ids: Tensor, targets: Tensor) -> Tensor:
@@ -2877,34 +2863,28 @@ class LossWatch:
     def push(self, step: int, matrix_lr: float, loss: Tensor) -> None:
         """Queue the loss of `step`, which ran at Muon's rate `matrix_lr`; read those that are old enough."""
         copy = loss.to("cpu", non_blocking=True)  # pinned memory: the host goes on
-        event = torch.cuda.current_stream().record_event() if loss.is_cuda else None
-        self.pending.append((step, matrix_lr, copy, event))
+        copied = torch.cuda.current_stream().record_event() if loss.is_cuda else None
+        self.pending.append((f"step {step}", f"at matrix learning rate {matrix_lr:.6g}", copy, copied))
         self.drain(LOSS_LAG_STEPS)
 
     def drain(self, keep: int = 0) -> float:
         """Read all but the newest `keep` losses; return the last one read. Raises NonFiniteError."""
         while len(self.pending) > keep:
-            step, matrix_lr, loss, event = self.pending.pop(0)
-            if event is not None:
-                event.synchronize()
+            step, rate, loss, copied = self.pending.pop(0)
+            _ = copied and copied.synchronize()
             if not math.isfinite(loss):
-                state = f"at matrix learning rate {matrix_lr:.6g}, the last good one was {self.last_good:.4f}"
-                remedy = "lower MATRIX_LR, SCALAR_LR and TIED_EMBED_LR, or set GRAD_CLIP_NORM"
-                raise NonFiniteError(f"step {step}: train_loss is {loss:f} {state}; {remedy}")
+                state = f"{step}: train_loss is {loss:f} {rate}, the last good one was {self.last_good:.4f}"
+                raise NonFiniteError(f"{state}; lower the learning rates, or set GRAD_CLIP_NORM")
             self.last_good = float(loss)
         return self.last_good
 
 
-def load_batches(stream: TokenStream, step: int, clock: Clock) -> tuple[list[Tensor], float]:
-    """Return this rank's micro-batches of `step` (slot s: rank s mod world size) and rank 0's clock in ms."""
-    process, batches, failure = clock.process, [], None
-    try:
-        for slot in range(process.rank, stream.settings.micro_batch_slots, process.world_size):
-            batch = stream.batch(step, slot)
-            batches.append(batch.pin_memory() if process.device.type == "cuda" else batch)
-    except (DataError, OSError) as error:
-        failure = error  # raised on all ranks, so that nobody waits for this one in a collective
-    return batches, process.agree(clock.read_ms(), failure)
+def load_batches(stream: TokenStream, step: int, process: Process) -> list[Tensor]:
+    """Return this rank's micro-batches of `step`: slot s belongs to rank s mod world size."""
+    slots = range(process.rank, stream.settings.micro_batch_slots, process.world_size)
+    with process.together():
+        batches = [stream.batch(step, slot) for slot in slots]
+    return [batch.pin_memory() for batch in batches] if process.device.type == "cuda" else batches
 
 
 def warm_up(model: GPT, losses, stream: TokenStream, process: Process, log: Log) -> None:
@@ -2912,8 +2892,7 @@ def warm_up(model: GPT, losses, stream: TokenStream, process: Process, log: Log)
     saved = {name: weight.clone() for name, weight in model.state_dict().items()}
     steps, optimizers = stream.settings.warmup_steps, Optimizers(model, stream.settings, process)
     for step in range(steps * len(losses)):
-        batches, _ = load_batches(stream, step, Clock(process))
-        optimizers.gather(losses[step // steps], batches)
+        optimizers.gather(losses[step // steps], load_batches(stream, step, process))
         optimizers.step(1.0, stream.settings.muon_momentum)
         log.line(f"warmup_step:{step + 1}/{steps * len(losses)}")
     model.load_state_dict(saved)
@@ -2950,16 +2929,16 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
     warm_up(model, losses, stream, process, log)
     optimizers, averages = Optimizers(model, settings, process), Averages(model, settings)
     clock, watch, bar = Clock(process), LossWatch(), process.progress(total, "train")
-    step, quantized, before_ms, every = 0, False, 0.0, settings.train_log_every
+    quantized, before_ms, every = False, 0.0, settings.train_log_every
     clock.start()
     if oracle:
         oracle.count(stream)
         process.synchronize()
-        before_ms = process.agree(clock.read_ms(), None)
+        before_ms = process.agree(clock.read_ms())
         line = f"oracle: hashed {stream.total} training tokens train_time:{before_ms:.0f}ms"
         log.event("oracle", line, tokens=stream.total, seconds=before_ms / 1000)
-    while True:
-        batches, elapsed_ms = load_batches(stream, step, clock)
+    for step in range(total + 1):
+        batches, elapsed_ms = load_batches(stream, step, process), process.agree(clock.read_ms())
         finished = step == total or elapsed_ms >= (1000.0 * settings.max_wallclock_seconds or math.inf)
         if step and (finished or step <= 10 or (every and step % every == 0)):
             log.step("train", step, total, elapsed_ms, train_loss=watch.drain())
@@ -2967,7 +2946,7 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
             clock.stop()
             watch.drain()
             chunks = score_stream(logits, dataset.val_tokens, settings, settings.window, process, "validate")
-            val_loss, val_bpb, *_ = account(chunks, dataset, process)
+            val_loss, val_bpb, *_ = account(chunks, dataset.target_bytes, process)
             log.step("validation", step, total, clock.total_ms, val_loss=val_loss, val_bpb=val_bpb)
             if finished:
                 break
@@ -2980,9 +2959,8 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
         aware.sharpen(scale)
         loss = optimizers.gather(losses[-1 if quantized else 0], batches)
         optimizers.step(scale, momentum_at(step, settings))
-        step += 1
-        averages.update(step, scale)
-        watch.push(step, settings.matrix_lr * scale, loss)
+        averages.update(step + 1, scale)
+        watch.push(step + 1, settings.matrix_lr * scale, loss)
         bar.update()
     bar.close()
     if step < total:
@@ -2995,100 +2973,67 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
     return choose_weights(averages, model, batches, process, log), numbers
 
 
-def export(weights: dict, dataset: Dataset, settings: Settings, process: Process, path: Path) -> Artifact:
-    """Write the artifact on rank 0 while the other ranks wait for it; return what the file holds."""
-    failure = None
-    try:
-        if process.is_main:
-            embed = bool(dataset.manifest and dataset.manifest["tokenizer"]["trained_here"])
-            write_atomically(path, pack_artifact(weights, settings, dataset.tokenizer, embed))
-    except (NonFiniteError, OSError) as error:
-        failure = error
-    process.agree(0.0, failure)
-    return read_artifact(path)
-
-
-def xz_bits_per_byte(dataset: Dataset, log: Log) -> float | None:
-    """Return what `xz -9e` makes of the raw validation documents; None if they are unknown or too much."""
-    if dataset.manifest is None or not 0 < int(dataset.target_bytes.sum()) <= RAW_TEXT_LIMIT:
-        return None
-    text = dataset.tokenizer.decode(dataset.val_tokens.tolist())
-    bpb = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
-    log.event("reference", f"reference: xz -9e on the same {len(text)} bytes: {bpb:.4f} bpb", xz_bpb=bpb)
-    return bpb
-
-
-def log_cache(neural: Tensor, mixture: Mixture, dataset: Dataset, log: Log) -> dict[str, object]:
-    """Log what the cache gained over the neural prices (N,): by document, by family, along the stream."""
-    bits = -torch.stack((neural, mixture.logp)).double().cpu().numpy() / math.log(2)  # (2, N)
+def log_cache(scored: Scored, dataset: Dataset, log: Log) -> dict[str, object]:
+    """Log what the cache gained over the neural prices: by document, by family, along the stream."""
+    bits = -torch.stack((scored.table[0], scored.mixture.logp)).double().cpu().numpy() / math.log(2)  # (2, N)
     size, markers = dataset.target_bytes.astype(np.float64), dataset.val_tokens[:-1] == MARKER_ID
     document = np.cumsum(markers) - markers[0]  # the first document is number 0, marker or not
     alone, mixed = (bits.sum(axis=1) / size.sum()).tolist()
     low, high = gain_interval(bits[0] - bits[1], size, document)
-    numbers = {"neural_bpb": alone, "cache_gain_bpb": alone - mixed, "cache_weights": mixture.weights}
-    numbers["cache_gain_interval"] = [low, high]
-    weights = " ".join(f"{name}:{weight:.3f}" for name, weight in mixture.weights.items())
+    numbers = {"neural_bpb": alone, "cache_gain_bpb": alone - mixed}
+    numbers |= {"cache_weights": scored.mixture.weights, "cache_gain_interval": [low, high]}
+    weights = " ".join(f"{name}:{weight:.3f}" for name, weight in scored.mixture.weights.items())
     gain = f"gain:{alone - mixed:.6f} ({low:.4f} to {high:.4f}) mean weights: {weights}"
     log.event("cache", f"ngram_cache: neural_bpb:{alone:.6f} cache_bpb:{mixed:.6f} {gain}", **numbers)
     curve = np.cumsum(bits, axis=1) / np.cumsum(size).clip(min=1e-9)
     for end in np.linspace(0, len(size), CURVE_POINTS + 1).astype(int)[1:].tolist():
-        alone, mixed = curve[:, end - 1].tolist()
-        log.event("curve", "", tokens=end, neural_bpb=alone, cache_bpb=mixed)
+        log.event("curve", "", tokens=end, neural_bpb=curve[0, end - 1], cache_bpb=curve[1, end - 1])
     return numbers
 
 
-def score_final(scorer: Scorer, dataset: Dataset, log: Log, clock: Clock) -> tuple[Scored, Score, dict]:
-    """Score the validation split with the neural model and, if it is on, the exact cache.
-
-    Returns the scored stream, its account and all numbers. A pseudo-score goes to the log only."""
-    settings, process, numbers = scorer.settings, scorer.process, {}
-    rule, tokens = PSEUDO_RULES.get(settings.pseudo), dataset.val_tokens
-    scored = scorer.score(tokens, beside=rule.beside if rule else 0)
-    logp, entropy, prices = scored.table[0], scored.table[1], scored.mixture.logp
-    priced = (chunk._replace(logp=prices.index_select(0, chunk.positions)) for chunk in scored.chunks)
-    final = account(priced, dataset, process)
-    clock.stop()  # what follows describes the score, or is none
-    if settings.ngram_cache == "exact" and process.is_main:
-        numbers = log_cache(logp, scored.mixture, dataset, log)
-    line = f"final_score: window:{settings.window} stride:{settings.eval_stride} tokens:{final.tokens}"
-    line += f" bytes:{final.bytes} val_loss:{final.val_loss:.8f} val_bpb:{final.val_bpb:.8f}"
-    log.event("score", f"{line} eval_time:{clock.total_ms:.0f}ms", **final._asdict())
-    if rule:
-        at = pseudo_targets(len(tokens) - 1, settings)
-        rows = score_sample(scorer.logits, tokens, at, settings, process) if rule.peeks else None
-        if process.is_main:
-            needed = scored.table[-rule.beside :].t() if rule.beside else None
-            streams = (tokens, logp, entropy, dataset.target_bytes)
-            line, pseudo = pseudo_report(*streams, settings, rows, needed)
-            log.event("pseudo", line, **pseudo)
-    return scored, final, {**final._asdict(), **numbers}
-
-
 def evaluate(
-    artifact: Artifact,
-    dataset: Dataset,
-    settings: Settings,
-    process: Process,
-    log: Log,
-    compiled: bool,
-    path: Path,
+    artifact: Artifact, dataset: Dataset, settings: Settings, process: Process, log: Log, compiled, path: Path
 ) -> dict[str, object]:
-    """Score the validation split with a fresh model of the artifact's weights; return the final numbers."""
-    clock = Clock(process)
+    """Return the numbers of the artifact's score on the validation split; a pseudo-score is logged only."""
+    tokens, rule, clock = dataset.val_tokens, PSEUDO_RULES.get(settings.pseudo), Clock(process)
     clock.start()
     model = load_model(artifact, settings, process)
     body = model.logits if settings.pseudo == "none" else pseudo_logits(model)
     scorer = Scorer(model, settings, process, torch.compile(body, dynamic=False) if compiled else body)
-    scored, score, final = score_final(scorer, dataset, log, clock)
-    reference = {"xz_bpb": xz_bits_per_byte(dataset, log)} if process.is_main else {}
-    if settings.audit and process.is_main:
-        reference["audit"] = audit_run(scorer, scored, score, path, dataset, log)
-    process.agree(0.0, None)
-    return {**final, "eval_seconds": clock.total_ms / 1000, **reference}
+    scored = scorer.score(tokens, beside=rule.beside if rule else 0)
+    prices = scored.mixture.logp
+    priced = (chunk._replace(logp=prices.index_select(0, chunk.positions)) for chunk in scored.chunks)
+    score = account(priced, dataset.target_bytes, process)
+    clock.stop()  # what follows describes the score, or is none
+    at = pseudo_targets(score.tokens, settings)
+    rows = score_sample(scorer.logits, tokens, at, settings, process) if rule and rule.peeks else None
+    numbers = score._asdict() | {"eval_seconds": clock.total_ms / 1000}
+    with process.together():
+        if not process.is_main:
+            return numbers
+        if settings.ngram_cache == "exact":
+            numbers |= log_cache(scored, dataset, log)
+        line = f"final_score: window:{settings.window} stride:{settings.eval_stride} tokens:{score.tokens}"
+        line += f" bytes:{score.bytes} val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}"
+        log.event("score", f"{line} eval_time:{clock.total_ms:.0f}ms", **score._asdict())
+        if rule:
+            beside, neural = scored.table[-rule.beside :].t() if rule.beside else None, scored.table[:2]
+            line, figures = pseudo_report(tokens, *neural, dataset.target_bytes, settings, rows, beside)
+            log.event("pseudo", line, **figures)
+        numbers["xz_bpb"] = None
+        if dataset.manifest and score.bytes <= RAW_TEXT_LIMIT:
+            text = dataset.tokenizer.decode(tokens.tolist())
+            numbers["xz_bpb"] = bpb = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+            line = f"reference: xz -9e on the same {len(text)} bytes: {bpb:.4f} bpb"
+            log.event("reference", line, xz_bpb=bpb)
+        if settings.audit:
+            numbers["audit"] = audit_run(scorer, scored, score, path, dataset, log)
+    return numbers
 
 
-def log_start(settings: Settings, process: Process, log: Log, script_sha256: str) -> None:
-    """Log what a reader needs to repeat the run."""
+def run(settings: Settings, process: Process, log: Log, artifact: Artifact | None) -> dict[str, object]:
+    """Do the whole run, or score `artifact` if there is one; return all final numbers. Raises RunError."""
+    script_sha256, path = file_sha256(Path(__file__)), Path(settings.eval_only or log.folder / "artifact.bin")
     changed = " ".join(f"{name}={value}" for name, value in settings.changed().items()) or "none"
     log.event("settings", f"settings that differ from the defaults: {changed}", **vars(settings))
     cuda, ranks, slots = process.device.type == "cuda", process.world_size, settings.micro_batch_slots
@@ -3096,14 +3041,7 @@ def log_start(settings: Settings, process: Process, log: Log, script_sha256: str
     log.line(f"torch:{torch.__version__} python:{platform.python_version()} device:{device}")
     log.line(f"script_sha256:{script_sha256}")
     log.line(f"world_size:{ranks} grad_accum_steps:{slots // ranks} seed:{settings.seed}")
-
-
-def run(settings: Settings, process: Process, run_dir: Path, log: Log, artifact: Artifact | None) -> dict:
-    """Do the whole run, or score `artifact` if there is one; return all final numbers. Raises RunError."""
-    script, path = Path(__file__), Path(settings.eval_only or run_dir / "artifact.bin")
-    script_sha256, cuda = file_sha256(script), process.device.type == "cuda"
-    log_start(settings, process, log, script_sha256)
-    dataset = load_dataset(settings, artifact.tokenizer if artifact else None)
+    dataset = load_dataset(settings, artifact and artifact.tokenizer)
     if stream := dataset.stream:
         log.line(f"train_loader:{settings.data_path} shards:{len(stream.paths)} tokens:{stream.total}")
     log.line(f"val_loader:tokens:{len(dataset.target_bytes)} bytes:{int(dataset.target_bytes.sum())}")
@@ -3118,10 +3056,14 @@ def run(settings: Settings, process: Process, run_dir: Path, log: Log, artifact:
     numbers: dict[str, object] = {"steps": 0, "train_seconds": 0.0}
     if artifact is None:
         weights, numbers = train(dataset, settings, process, log, compiled)
-        artifact = export(weights, dataset, settings, process, path)
+        with process.together():
+            if process.is_main:
+                embed = bool(dataset.manifest and dataset.manifest["tokenizer"]["trained_here"])
+                write_atomically(path, pack_artifact(weights, settings, dataset.tokenizer, embed))
+        artifact = read_artifact(path)
     if artifact.tokenizer_sha256 != dataset.tokenizer.sha256:
         raise DataError(f"TOKENIZER_PATH={settings.tokenizer_path}: {path} was made with another; set that")
-    size, code, limit = artifact.size, script.stat().st_size, settings.artifact_limit_bytes
+    size, code, limit = artifact.size, os.path.getsize(__file__), settings.artifact_limit_bytes
     sizes = {"artifact_bytes": size, "code_bytes": code, "total_bytes": size + code}
     line = f"artifact:{path} weights:{size} code:{code} total:{size + code} limit:{limit} bytes"
     log.event("artifact", line, **sizes)
@@ -3146,8 +3088,8 @@ def failure_of(error: BaseException) -> tuple[int, str]:
     return 1, repr(error)
 
 
-def run_and_record(settings: Settings, process: Process, note: str, artifact: Artifact | None) -> int:
-    """Run, write result.json whatever happens, and return the exit code."""
+def run_and_record(settings: Settings, process: Process, artifact: Artifact | None, assumed: bool) -> None:
+    """Run, and write result.json whatever happens; raises SizeError and AuditError once all is recorded."""
     run_id = settings.run_id or f"{settings.recipe}-seed{settings.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(settings.run_dir or f"runs/{process.share(run_id)[0]}")
     if settings.eval_only and Path(settings.eval_only).resolve().parent == run_dir.resolve():
@@ -3155,48 +3097,44 @@ def run_and_record(settings: Settings, process: Process, note: str, artifact: Ar
     log = Log(process, run_dir)
     for name in ("result.json", "artifact.bin") if process.is_main else ():
         (run_dir / name).unlink(missing_ok=True)
-    if note:
-        log.line(note)
+    if assumed:
+        log.line("RECIPE is not set and there is no CUDA device: RECIPE=cpu")
     record: dict[str, object] = {"exit_code": 0, "run_id": run_id, "recipe": settings.recipe}
     record |= {"seed": settings.seed, "world_size": process.world_size, "settings": settings.changed()}
     try:
-        record |= run(settings, process, run_dir, log, artifact)
-        if (total := record["total_bytes"]) > (limit := settings.artifact_limit_bytes):
-            text = f"{total} bytes of code and weights, over ARTIFACT_LIMIT_BYTES={limit}"
-            raise SizeError(f"{text}; shrink it")
+        record |= run(settings, process, log, artifact)
+        if (size := record["total_bytes"]) > (limit := settings.artifact_limit_bytes):
+            raise SizeError(f"{size} bytes of code and weights, over ARTIFACT_LIMIT_BYTES={limit}; shrink it")
         if broken := record.get("audit"):
             raise AuditError(f"the score is not proven: {broken}; see audit.json")
     except BaseException as error:
         record["exit_code"], record["error"] = failure_of(error)
-        if record["exit_code"] == 1:
-            raise
+        raise
     finally:
         if process.is_main:
             write_atomically(run_dir / "result.json", (json.dumps(record, indent=2) + "\n").encode())
         log.close(record.get("error"))
-    return record["exit_code"]
 
 
 def main(environment: Mapping[str, str]) -> int:
     """Run what `environment` asks for and return the exit code."""
-    code, is_main, note = 0, environment.get("RANK", "0") == "0", ""
-    if "RECIPE" not in environment and not torch.cuda.is_available():
-        environment = {**environment, "RECIPE": "cpu"}
-        note = "RECIPE is not set and there is no CUDA device: RECIPE=cpu"
+    assumed = "RECIPE" not in environment and not torch.cuda.is_available()
+    environment = {**environment, "RECIPE": "cpu"} if assumed else environment
     try:
         path = environment.get("EVAL_ONLY") or environment.get("ARTIFACT")
         artifact = read_artifact(Path(path)) if path else None
-        settings = Settings.from_env(environment, artifact.settings if artifact else None)
+        settings = Settings.from_env(environment, artifact and artifact.settings)
         with open_process(environment, settings) as process:
             if settings.codec == "none":
-                code = run_and_record(settings, process, note, artifact)
+                run_and_record(settings, process, artifact, assumed)
             else:
                 run_codec(settings, process, artifact)
-    except (RunError, OSError, KeyboardInterrupt) as error:
+        return 0
+    except (RunError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
         code, message = failure_of(error)
-        if is_main:
-            print(f"error: {message}", file=sys.stderr)
-    if code and not is_main:
+    if environment.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    else:
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(RANK_0_SECONDS)
     return code

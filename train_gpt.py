@@ -78,8 +78,6 @@ from tqdm import tqdm
 class RunError(Exception):
     """A failure the user can mend: one line that names the thing, its value, the rule and the remedy."""
 
-    exit_code = 1
-
     def __init_subclass__(cls, exit_code: int) -> None:
         cls.exit_code = exit_code
 
@@ -147,20 +145,21 @@ RECIPES = {
         MATRIX_BITS=6 LOOKUP_BITS=6 EMBED_BITS=16 PSEUDO=pr864""",
 }
 
-# Names of other submissions: those that a setting here stands for, old:new, and those that none does.
-RENAMED = """LEAKY_RELU:MLP_ACTIVATION MLP_MULT_ENCODER:MLP_MULT MLP_MULT_DECODER:MLP_MULT SWA_ENABLED:AVERAGE
+# Names of other submissions, old:new where a setting here stands for one, old: where none does.
+REFUSED = """LEAKY_RELU:MLP_ACTIVATION MLP_MULT_ENCODER:MLP_MULT MLP_MULT_DECODER:MLP_MULT SWA_ENABLED:AVERAGE
     VE_ENABLED:VE_LAYERS USE_BIGRAMHASH:BIGRAM_VOCAB_SIZE USE_SMEARGATE:SMEAR_GATE INT6_LAST_N:MATRIX_BITS
     USE_VALUE_RESIDUAL:VALUE_RESIDUAL USE_GATED_ATTENTION:GATED_ATTN SWA_START_FRAC:SWA_START_SCALE
     QAT_ENABLED:QAT_START LATE_QAT_THRESHOLD:QAT_START USE_LATE_QAT:QAT_START QAT_TIME_FRAC:QAT_START
     NGRAM_ORDER:NGRAM_MAX_ORDER NGRAM_ENT_BASE:NGRAM_ALPHA_MIN NGRAM_ENABLED:PSEUDO NGRAM_EVAL:PSEUDO
     USE_MIXER:PSEUDO MIXER_HEAD:GATE_HEAD USE_EMA:EMA_DECAY TTT_ONLY:EVAL_ONLY SKIP_SLIDING:EVAL_STRIDE
     RUN_CONFIG:RECIPE WEIGHT_DECAY:MUON_WD+ADAM_WD GRAD_ACCUM_STEPS:MICRO_BATCH_SLOTS
-    NGRAM_ALPHA:NGRAM_ALPHA_MIN+NGRAM_ALPHA_MAX NGRAM_ENT_RANGE:NGRAM_ALPHA_MAX"""
-UNREAD = """CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS MUON_BETA2 MIXER_ETA PPM_ALPHA
-    USE_CACHE CACHE_ALPHA NGRAM_TWO_PASS NGRAM_RESCORE_CHUNKS NGRAM_MIN_ORDER NGRAM_ENT_SCALE NGRAM_ENT_THRESH
-    NGRAM_ENTROPY_CENTER NGRAM_ENTROPY_SCALE"""
-REFUSED_NAMES = {old: f"set {new}" for old, new in (pair.split(":") for pair in RENAMED.split())}
-REFUSED_NAMES |= dict.fromkeys(UNREAD.split(), "nothing would read it, unset it")
+    NGRAM_ALPHA:NGRAM_ALPHA_MIN+NGRAM_ALPHA_MAX NGRAM_ENT_RANGE:NGRAM_ALPHA_MAX CONTROL_TENSOR_NAME_PATTERNS:
+    INT8_KEEP_FLOAT_FP32_NAME_PATTERNS: MUON_BETA2: MIXER_ETA: PPM_ALPHA: USE_CACHE: CACHE_ALPHA:
+    NGRAM_TWO_PASS: NGRAM_RESCORE_CHUNKS: NGRAM_MIN_ORDER: NGRAM_ENT_SCALE: NGRAM_ENT_THRESH:
+    NGRAM_ENTROPY_CENTER: NGRAM_ENTROPY_SCALE:"""
+REFUSED_NAMES = {
+    old: f" here: set {new or 'nothing'} instead" for old, new in re.findall(r"(\w+):(\S*)", REFUSED)
+}
 # Variables of other tools whose names come close to a setting's.
 OTHER_TOOLS = {"COMPILER", "MODEL_DIR", "DATASET_PATH", "OMP_NUM_THREADS"}
 
@@ -181,13 +180,12 @@ def parse_setting(field: dataclasses.Field, text: str):
     """Return `text` as the type of `field`; a bool is 0 or 1 and nothing else, a number is finite."""
     if field.type == "str":
         return text
-    rules = {"bool": "0 (off) or 1 (on)", "int": "a whole number", "float": "a finite number"}
+    rule = {"bool": "0 (off) or 1 (on)", "int": "a whole number", "float": "a finite number"}[field.type]
     convert = {"bool": {"0": False, "1": True}.__getitem__, "int": int, "float": float}[field.type]
     with contextlib.suppress(ValueError, KeyError, OverflowError):
         if math.isfinite(value := convert(text)):
             return value
-    name = field.name.upper()
-    raise SettingError(f"{name}={text!r} is not {rules[field.type]}; the default is {field.default}")
+    raise SettingError(f"{field.name.upper()}={text!r} is not {rule}; the default is {field.default}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,37 +319,29 @@ class Settings:
         Raises SettingError naming variable, value, rule and remedy. Pure: looks at its arguments only."""
         fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
         for name in sorted(mapping.keys() - fields.keys() - OTHER_TOOLS):
-            text = f"{name}={mapping[name]!r} is not a setting"
-            if name in REFUSED_NAMES:
-                raise SettingError(f"{text} here: {REFUSED_NAMES[name]}")
-            if name.isupper() and (close := difflib.get_close_matches(name, sorted(fields), 1, 0.85)):
-                raise SettingError(f"{text}; rename it to {close[0]} or unset it")
-
-        def parse(texts: Mapping[str, str]) -> dict[str, object]:
-            return {f.name: parse_setting(f, texts[name]) for name, f in fields.items() if name in texts}
-
-        by_hand, stored = parse(mapping), stored or {}
-        row = RECIPES.get(by_hand.get("recipe", cls.recipe), "").split()
+            close = name.isupper() and difflib.get_close_matches(name, sorted(fields), 1, 0.85)
+            if fault := REFUSED_NAMES.get(name) or (close and f"; rename it to {close[0]} or unset it"):
+                raise SettingError(f"{name}={mapping[name]!r} is not a setting{fault}")
+        row = dict(pair.split("=", 1) for pair in RECIPES.get(mapping.get("RECIPE", cls.recipe), "").split())
+        stored, values = stored or {}, {}
         for name, field in fields.items():
-            hand, value = by_hand.get(field.name), stored.get(field.name)
-            if field.metadata["stored"] == "shape" and None not in (hand, value) and hand != value:
-                raise SettingError(f"{name}={hand!r} contradicts the artifact's {value!r}; unset {name}")
-        return cls(**{**parse(dict(pair.split("=", 1) for pair in row)), **stored, **by_hand})
+            if name in mapping or (name in row and field.name not in stored):
+                values[field.name] = value = parse_setting(field, mapping.get(name, row.get(name)))
+                if field.metadata["stored"] == "shape" and value != (kept := stored.get(field.name, value)):
+                    raise SettingError(f"{name}={value!r} contradicts the artifact's {kept!r}; unset {name}")
+        return cls(**{**stored, **values})
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, (doc, low, high, choices, _) = getattr(self, field.name), field.metadata.values()
             fault = choices and value not in choices and f"choose one of {', '.join(map(str, choices))}"
-            if low is not None and not value >= low:
-                fault = f"raise it to {low} at least"
-            if high is not None and not value <= high:
-                fault = f"lower it to {high} at most"
+            fault = fault or (low is not None and not value >= low and f"raise it to {low} at least")
+            fault = fault or (high is not None and not value <= high and f"lower it to {high} at most")
             if fault:
                 raise SettingError(f"{field.name.upper()}={value!r} is not allowed ({doc}): {fault}")
         s, slots = self, self.micro_batch_slots
         row, val_row = slots * s.train_seq_len, slots * s.window
-        files = ("artifact", "input", "output")
-        missing = s.codec != "none" and not all(getattr(s, name) for name in files)
+        missing = s.codec != "none" and "" in (s.artifact, s.input, s.output)
         ragged = not (s.eval_only or s.artifact) and s.train_batch_tokens % row
         rotary, last = s.rope_dims % 2 or s.rope_dims > s.head_dim, max(s.value_layers, default=0)
         qat = re.fullmatch(r"off|step0|(scale|time):(0\.\d+|1)", s.qat_start)
@@ -378,8 +368,9 @@ class Settings:
             ("QAT_START", no_qat, "on for SOFT_ROUND_QAT and CROWN_Q_LAMBDA", s.crown_q_lambda),
         ):
             if broken:
-                value = getattr(self, name.lower())
-                raise SettingError(f"{name}={value!r} must be {rule} ({number}); change one of them")
+                raise SettingError(
+                    f"{name}={getattr(s, name.lower())!r} must be {rule} ({number}); change one"
+                )
 
     @property
     def head_dim(self) -> int:
@@ -403,8 +394,8 @@ class Settings:
 
     def stored_values(self, kinds: tuple[str, ...] = ("shape", "scoring")) -> dict[str, object]:
         """Return what an artifact keeps: the settings its weights or its score depend on."""
-        stored = [field.name for field in dataclasses.fields(self) if field.metadata["stored"] in kinds]
-        return {name: getattr(self, name) for name in stored}
+        fields = dataclasses.fields(self)
+        return {f.name: getattr(self, f.name) for f in fields if f.metadata["stored"] in kinds}
 
     def changed(self) -> dict[str, object]:
         """Return the settings that differ from the defaults, by variable name."""
@@ -443,12 +434,10 @@ class Process:
 
     def start_sum(self, bank: Tensor, own_only: bool) -> list:
         """Start adding `bank` (`own_only`: `own(bank)` alone) over all ranks; wait for the handles."""
-        if self.world_size == 1:
-            return []
         # Where ranks have no GPU the sum is whole in any case: gloo has not always had a reduce-scatter.
-        if own_only and bank.is_cuda:
+        if self.world_size > 1 and own_only and bank.is_cuda:
             return [dist.reduce_scatter(self.own(bank), list(bank.chunk(self.world_size)), async_op=True)]
-        return [dist.all_reduce(bank, async_op=True)]
+        return [dist.all_reduce(bank, async_op=True)] if self.world_size > 1 else []
 
     def start_gather(self, bank: Tensor) -> list:
         """Start filling `bank` with every rank's own slice; wait for the handles."""
@@ -502,9 +491,8 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
     if gpus:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    else:
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(not gpus)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(settings.seed)
     with contextlib.ExitStack() as stack:
         if world_size > 1:
@@ -524,15 +512,14 @@ class Log:
 
     def line(self, text: str, console=None) -> None:
         """Write `text` to the console (standard output, or another stream) and to run.log."""
-        if self.files:
+        if self.files and text:
             tqdm.write(text, file=console)
             sys.stdout.flush()
             self.files[0].write(text + "\n")
 
     def event(self, event: str, line: str, **values: object) -> None:
         """Write `line`, if any, for people and {"event": event, **values} for programs."""
-        if line:
-            self.line(line)
+        self.line(line)
         if self.files:
             self.files[1].write(json.dumps({"event": event, **values}) + "\n")
 

@@ -43,7 +43,6 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
-import io
 import itertools
 import json
 import lzma
@@ -81,8 +80,6 @@ from tqdm import tqdm
 
 class RunError(Exception):
     """A failure the user can mend: one line that names the thing, its value, the rule and the remedy."""
-
-    exit_code = 1
 
     def __init_subclass__(cls, exit_code: int) -> None:
         cls.exit_code = exit_code
@@ -151,20 +148,19 @@ RECIPES = {
         MATRIX_BITS=6 LOOKUP_BITS=6 EMBED_BITS=16 PSEUDO=pr864""",
 }
 
-# Names of other submissions: those that a setting here stands for, old:new, and those that none does.
-RENAMED = """LEAKY_RELU:MLP_ACTIVATION MLP_MULT_ENCODER:MLP_MULT MLP_MULT_DECODER:MLP_MULT SWA_ENABLED:AVERAGE
+# Names of other submissions, old:new where a setting here stands for one, old: where none does.
+REFUSED = """LEAKY_RELU:MLP_ACTIVATION MLP_MULT_ENCODER:MLP_MULT MLP_MULT_DECODER:MLP_MULT SWA_ENABLED:AVERAGE
     VE_ENABLED:VE_LAYERS USE_BIGRAMHASH:BIGRAM_VOCAB_SIZE USE_SMEARGATE:SMEAR_GATE INT6_LAST_N:MATRIX_BITS
     USE_VALUE_RESIDUAL:VALUE_RESIDUAL USE_GATED_ATTENTION:GATED_ATTN SWA_START_FRAC:SWA_START_SCALE
     QAT_ENABLED:QAT_START LATE_QAT_THRESHOLD:QAT_START USE_LATE_QAT:QAT_START QAT_TIME_FRAC:QAT_START
     NGRAM_ORDER:NGRAM_MAX_ORDER NGRAM_ENT_BASE:NGRAM_ALPHA_MIN NGRAM_ENABLED:PSEUDO NGRAM_EVAL:PSEUDO
     USE_MIXER:PSEUDO MIXER_HEAD:GATE_HEAD USE_EMA:EMA_DECAY TTT_ONLY:EVAL_ONLY SKIP_SLIDING:EVAL_STRIDE
     RUN_CONFIG:RECIPE WEIGHT_DECAY:MUON_WD+ADAM_WD GRAD_ACCUM_STEPS:MICRO_BATCH_SLOTS
-    NGRAM_ALPHA:NGRAM_ALPHA_MIN+NGRAM_ALPHA_MAX NGRAM_ENT_RANGE:NGRAM_ALPHA_MAX"""
-UNREAD = """CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS MUON_BETA2 MIXER_ETA PPM_ALPHA
-    USE_CACHE CACHE_ALPHA NGRAM_TWO_PASS NGRAM_RESCORE_CHUNKS NGRAM_MIN_ORDER NGRAM_ENT_SCALE NGRAM_ENT_THRESH
-    NGRAM_ENTROPY_CENTER NGRAM_ENTROPY_SCALE"""
-REFUSED_NAMES = {old: f"set {new}" for old, new in (pair.split(":") for pair in RENAMED.split())}
-REFUSED_NAMES |= dict.fromkeys(UNREAD.split(), "nothing would read it, unset it")
+    NGRAM_ALPHA:NGRAM_ALPHA_MIN+NGRAM_ALPHA_MAX NGRAM_ENT_RANGE:NGRAM_ALPHA_MAX CONTROL_TENSOR_NAME_PATTERNS:
+    INT8_KEEP_FLOAT_FP32_NAME_PATTERNS: MUON_BETA2: MIXER_ETA: PPM_ALPHA: USE_CACHE: CACHE_ALPHA:
+    NGRAM_TWO_PASS: NGRAM_RESCORE_CHUNKS: NGRAM_MIN_ORDER: NGRAM_ENT_SCALE: NGRAM_ENT_THRESH:
+    NGRAM_ENTROPY_CENTER: NGRAM_ENTROPY_SCALE:"""
+REFUSED_NAMES = {old: f" here: set {new or 'nothing'}" for old, new in re.findall(r"(\w+):(\S*)", REFUSED)}
 # Variables of other tools whose names come close to a setting's.
 OTHER_TOOLS = {"COMPILER", "MODEL_DIR", "DATASET_PATH", "OMP_NUM_THREADS"}
 
@@ -185,13 +181,12 @@ def parse_setting(field: dataclasses.Field, text: str):
     """Return `text` as the type of `field`; a bool is 0 or 1 and nothing else, a number is finite."""
     if field.type == "str":
         return text
-    rules = {"bool": "0 (off) or 1 (on)", "int": "a whole number", "float": "a finite number"}
+    rule = {"bool": "0 (off) or 1 (on)", "int": "a whole number", "float": "a finite number"}[field.type]
     convert = {"bool": {"0": False, "1": True}.__getitem__, "int": int, "float": float}[field.type]
     with contextlib.suppress(ValueError, KeyError, OverflowError):
         if math.isfinite(value := convert(text)):
             return value
-    name = field.name.upper()
-    raise SettingError(f"{name}={text!r} is not {rules[field.type]}; the default is {field.default}")
+    raise SettingError(f"{field.name.upper()}={text!r} is not {rule}; the default is {field.default}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,37 +320,29 @@ class Settings:
         Raises SettingError naming variable, value, rule and remedy. Pure: looks at its arguments only."""
         fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
         for name in sorted(mapping.keys() - fields.keys() - OTHER_TOOLS):
-            text = f"{name}={mapping[name]!r} is not a setting"
-            if name in REFUSED_NAMES:
-                raise SettingError(f"{text} here: {REFUSED_NAMES[name]}")
-            if name.isupper() and (close := difflib.get_close_matches(name, sorted(fields), 1, 0.85)):
-                raise SettingError(f"{text}; rename it to {close[0]} or unset it")
-
-        def parse(texts: Mapping[str, str]) -> dict[str, object]:
-            return {f.name: parse_setting(f, texts[name]) for name, f in fields.items() if name in texts}
-
-        by_hand, stored = parse(mapping), stored or {}
-        row = RECIPES.get(by_hand.get("recipe", cls.recipe), "").split()
+            close = name.isupper() and difflib.get_close_matches(name, sorted(fields), 1, 0.85)
+            if fault := REFUSED_NAMES.get(name) or (close and f"; rename it to {close[0]} or unset it"):
+                raise SettingError(f"{name}={mapping[name]!r} is not a setting{fault}")
+        row = dict(pair.split("=", 1) for pair in RECIPES.get(mapping.get("RECIPE", cls.recipe), "").split())
+        stored, values = stored or {}, {}
         for name, field in fields.items():
-            hand, value = by_hand.get(field.name), stored.get(field.name)
-            if field.metadata["stored"] == "shape" and None not in (hand, value) and hand != value:
-                raise SettingError(f"{name}={hand!r} contradicts the artifact's {value!r}; unset {name}")
-        return cls(**{**parse(dict(pair.split("=", 1) for pair in row)), **stored, **by_hand})
+            if name in mapping or (name in row and field.name not in stored):
+                values[field.name] = value = parse_setting(field, mapping.get(name, row.get(name)))
+                if field.metadata["stored"] == "shape" and value != (kept := stored.get(field.name, value)):
+                    raise SettingError(f"{name}={value!r} contradicts the artifact's {kept!r}; unset {name}")
+        return cls(**{**stored, **values})
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, (doc, low, high, choices, _) = getattr(self, field.name), field.metadata.values()
             fault = choices and value not in choices and f"choose one of {', '.join(map(str, choices))}"
-            if low is not None and not value >= low:
-                fault = f"raise it to {low} at least"
-            if high is not None and not value <= high:
-                fault = f"lower it to {high} at most"
+            fault = fault or (low is not None and not value >= low and f"raise it to {low} at least")
+            fault = fault or (high is not None and not value <= high and f"lower it to {high} at most")
             if fault:
                 raise SettingError(f"{field.name.upper()}={value!r} is not allowed ({doc}): {fault}")
         s, slots = self, self.micro_batch_slots
         row, val_row = slots * s.train_seq_len, slots * s.window
-        files = ("artifact", "input", "output")
-        missing = s.codec != "none" and not all(getattr(s, name) for name in files)
+        missing = s.codec != "none" and "" in (s.artifact, s.input, s.output)
         ragged = not (s.eval_only or s.artifact) and s.train_batch_tokens % row
         rotary, last = s.rope_dims % 2 or s.rope_dims > s.head_dim, max(s.value_layers, default=0)
         qat = re.fullmatch(r"off|step0|(scale|time):(0\.\d+|1)", s.qat_start)
@@ -382,7 +369,7 @@ class Settings:
             ("QAT_START", no_qat, "on for SOFT_ROUND_QAT and CROWN_Q_LAMBDA", s.crown_q_lambda),
         ):
             if broken:
-                value = getattr(self, name.lower())
+                value = getattr(s, name.lower())
                 raise SettingError(f"{name}={value!r} must be {rule} ({number}); change one of them")
 
     @property
@@ -407,8 +394,8 @@ class Settings:
 
     def stored_values(self, kinds: tuple[str, ...] = ("shape", "scoring")) -> dict[str, object]:
         """Return what an artifact keeps: the settings its weights or its score depend on."""
-        stored = [field.name for field in dataclasses.fields(self) if field.metadata["stored"] in kinds]
-        return {name: getattr(self, name) for name in stored}
+        fields = dataclasses.fields(self)
+        return {f.name: getattr(self, f.name) for f in fields if f.metadata["stored"] in kinds}
 
     def changed(self) -> dict[str, object]:
         """Return the settings that differ from the defaults, by variable name."""
@@ -447,12 +434,10 @@ class Process:
 
     def start_sum(self, bank: Tensor, own_only: bool) -> list:
         """Start adding `bank` (`own_only`: `own(bank)` alone) over all ranks; wait for the handles."""
-        if self.world_size == 1:
-            return []
         # Where ranks have no GPU the sum is whole in any case: gloo has not always had a reduce-scatter.
-        if own_only and bank.is_cuda:
+        if self.world_size > 1 and own_only and bank.is_cuda:
             return [dist.reduce_scatter(self.own(bank), list(bank.chunk(self.world_size)), async_op=True)]
-        return [dist.all_reduce(bank, async_op=True)]
+        return [dist.all_reduce(bank, async_op=True)] if self.world_size > 1 else []
 
     def start_gather(self, bank: Tensor) -> list:
         """Start filling `bank` with every rank's own slice; wait for the handles."""
@@ -514,9 +499,8 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
     if gpus:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    else:
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(not gpus)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(settings.seed)
     with contextlib.ExitStack() as stack:
         if world_size > 1:
@@ -536,15 +520,14 @@ class Log:
 
     def line(self, text: str, console=None) -> None:
         """Write `text` to the console (standard output, or another stream) and to run.log."""
-        if self.files:
+        if self.files and text:
             tqdm.write(text, file=console)
             sys.stdout.flush()
             self.files[0].write(text + "\n")
 
     def event(self, event: str, line: str, **values: object) -> None:
         """Write `line`, if any, for people and {"event": event, **values} for programs."""
-        if line:
-            self.line(line)
+        self.line(line)
         if self.files:
             self.files[1].write(json.dumps({"event": event, **values}) + "\n")
 
@@ -618,8 +601,7 @@ def shards_sha256(paths: list[Path]) -> str:
 
 def open_shard(path: Path) -> np.ndarray:
     """Return a shard's tokens, memory-mapped uint16; raises DataError naming the file and its fault."""
-    start = np.fromfile(path, np.uint8, 12).tobytes().ljust(12, b"\0")
-    magic, version, tokens = np.frombuffer(start, "<i4").tolist()
+    magic, version, tokens = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0][:3]
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         rule = f"{SHARD_MAGIC} or shard version {version} is not {SHARD_VERSION}"
         raise DataError(f"{path}: magic number {magic} is not {rule}; make the shard anew")
@@ -711,9 +693,8 @@ class Tokenizer:
         """Return a token's raw bytes: markers none, byte pieces one, others text with U+2581 as space."""
         if self.model.is_control(token) or self.model.is_unknown(token) or self.model.is_unused(token):
             return b""
-        text = self.model.id_to_piece(token)
-        spaced = text.replace(WORD_START, " ").encode()
-        return bytes.fromhex(text[3:5]) if self.model.is_byte(token) else spaced
+        text = self.model.id_to_piece(token).replace(WORD_START, " ")
+        return bytes.fromhex(text[3:5]) if self.model.is_byte(token) else text.encode()
 
     def target_bytes(self, tokens: np.ndarray, exact: bool) -> np.ndarray:
         """Return the bytes of tokens (N + 1,) without the first, uint16 (N,): those of the raw documents
@@ -722,12 +703,10 @@ class Tokenizer:
         size = np.array([len(piece) for piece in self.pieces], dtype=np.uint16)
         if exact or self.model is None:
             return size[tokens[1:]]
-        marker, spaced = size == 0, np.zeros(len(size), dtype=bool)
-        for token in np.flatnonzero(~marker).tolist():
-            text = self.model.id_to_piece(token)
-            spaced[token] = text.startswith(WORD_START)
-            size[token] = 1 if self.model.is_byte(token) else len(text.removeprefix(WORD_START).encode())
-        return size[tokens[1:]] + (spaced[tokens[1:]] & ~marker[tokens[:-1]])
+        texts = [self.model.id_to_piece(token) if piece else "" for token, piece in enumerate(self.pieces)]
+        spaced = np.array([text.startswith(WORD_START) for text in texts])
+        size += np.array([2 * text.count(WORD_START, 1) for text in texts], dtype=np.uint16)  # 3 bytes inside
+        return size[tokens[1:]] - (spaced[tokens[1:]] & (size == 0)[tokens[:-1]])
 
     def encode(self, data: bytes) -> list[int]:
         """Return token ids with `decode(encode(data)) == data` for any bytes: pieces where they are the text,
@@ -767,15 +746,18 @@ class Dataset(NamedTuple):
     hashes: dict[str, str]
 
 
-def read_manifest(path: Path) -> dict | None:
-    """Return a manifest.json of data/text.py, None without one; raises DataError where it is damaged."""
+def read_manifest(path: Path, hashes: dict[str, str], val_bytes: int) -> dict:
+    """Return a manifest.json of data/text.py; raises DataError where it is damaged or states other files."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        corpus, val, tokenizer = manifest["splits"]["train"], manifest["splits"]["val"], manifest["tokenizer"]
-        _ = int(val["bytes"]), val["sha256"], corpus["sha256"], tokenizer["sha256"], tokenizer["trained_here"]
+        val, tokenizer = manifest["splits"]["val"], manifest["tokenizer"]
+        _ = manifest["splits"]["train"]["sha256"], tokenizer["trained_here"]
+        if tokenizer["sha256"] != hashes["tokenizer_sha256"]:
+            raise DataError(f"{path}: shards were made with another tokenizer; set TOKENIZER_PATH to it")
+        if (val["sha256"], val["bytes"]) != (hashes["val_sha256"], val_bytes):
+            fault = f"describes other validation shards: {val['bytes']} raw val bytes, {val_bytes} in tokens"
+            raise DataError(f"{path}: {fault}; make it anew")
         return manifest
-    except FileNotFoundError:
-        return None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not a manifest of data/text.py ({error!r}); make it anew") from error
 
@@ -784,23 +766,18 @@ def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Datase
     """Open everything under DATA_PATH and check it; `carried` is the tokenizer that came with an artifact.
     Raises DataError where files are missing or damaged, do not fit together or do not add up to the bytes
     that the manifest counted; SettingError where VOCAB_SIZE is not the tokenizer's."""
-    folder = Path(settings.data_path)
-    paths, manifest = find_shards(folder, "val"), read_manifest(folder / "manifest.json")
-    tokenizer = carried or Tokenizer.load(Path(settings.tokenizer_path))
+    folder, manifest = Path(settings.data_path), None
+    paths, tokenizer = find_shards(folder, "val"), carried or Tokenizer.load(Path(settings.tokenizer_path))
     if (size := len(tokenizer.pieces)) != settings.vocab_size:
         raise SettingError(f"VOCAB_SIZE={settings.vocab_size} is not the tokenizer's {size} pieces; set that")
     shards = [check_token_ids(open_shard(path), settings.vocab_size, path) for path in paths]
     if len(val_tokens := np.concatenate(shards)) < 2:
         raise DataError(f"{paths[0]}: {len(val_tokens)} validation tokens leave nothing to score; bring more")
-    target_bytes = tokenizer.target_bytes(val_tokens, exact=manifest is not None)
+    stated = folder / "manifest.json"
+    target_bytes = tokenizer.target_bytes(val_tokens, exact=stated.exists())
     hashes = {"val_sha256": shards_sha256(paths), "tokenizer_sha256": tokenizer.sha256}
-    if manifest:
-        if manifest["tokenizer"]["sha256"] != tokenizer.sha256:
-            raise DataError(f"{folder}: shards were made with another tokenizer; set TOKENIZER_PATH to it")
-        val, found = manifest["splits"]["val"], (hashes["val_sha256"], int(target_bytes.sum()))
-        if found != (val["sha256"], val["bytes"]):
-            fault = f"describes other validation shards: {val['bytes']} raw val bytes, {found[1]} in tokens"
-            raise DataError(f"{folder}: manifest.json {fault}; make it anew")
+    if stated.exists():
+        manifest = read_manifest(stated, hashes, int(target_bytes.sum()))
         hashes["train_sha256"] = manifest["splits"]["train"]["sha256"]
     stream = None if settings.eval_only else TokenStream(find_shards(folder, "train"), settings)
     return Dataset(stream, val_tokens, target_bytes, tokenizer, manifest, hashes)
@@ -1362,7 +1339,7 @@ class Averages:
 # ============================================================================================================
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFGPT\n", 1
-PREFIX_BYTES = 16  # magic, then version and length of the header as little-endian uint32
+PREFIX = struct.Struct("<8s2I")  # magic, version, length of the header
 MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES = 1_000_000, 2**30
 BITS = {"int8": 8, "int6": 6, "int5": 5}  # kinds of quantized tensors
 COLUMNS = ("int8", "float16", "float32")  # NumPy types of all that is stored, in the order of the file
@@ -1389,8 +1366,8 @@ def quantize_rows(weight: Tensor, bits: int, search=False, floor=False) -> tuple
     places = [(1 - p) * (weight.size(1) - 1) for p in (PERCENTILES if search else (1.0,))]
     top = weight.abs().topk(min(int(max(places)) + 2, weight.size(1)), dim=1).values
     clips = [torch.lerp(top[:, int(x)], top[:, min(int(x) + 1, top.size(1) - 1)], x % 1) for x in places]
-    least = 1 / limit if floor else 2.0**-24  # the least positive float16
-    scales = (torch.stack(clips) / limit).clamp(min=least).to(torch.float16)  # (percentiles, R)
+    # (percentiles, R); 2^-24 is the least positive float16.
+    scales = (torch.stack(clips) / limit).clamp(min=1 / limit if floor else 2.0**-24).to(torch.float16)
     scale = scales[0]
     if search:
         errors = torch.stack([(restore_rows(integers(s), s) - weight).square().sum(dim=1) for s in scales])
@@ -1474,12 +1451,6 @@ class QuantizationAware(nn.Module):
         return numbers | {"mean_relative_change": float(change.sum() / old.abs().sum())}
 
 
-def stored_parts(shape, kind: str) -> list[tuple[str, int]]:
-    """Return column and length of the arrays that stand for a tensor: integers and scales, or itself."""
-    count = math.prod(shape)
-    return [("int8", count), ("float16", shape[0])] if kind in BITS else [(kind, count)]
-
-
 def byte_planes(array: np.ndarray) -> bytes:
     """Return all first bytes, then all second bytes, ...: floats compress better that way."""
     return array.view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
@@ -1536,26 +1507,31 @@ def pack_artifact(weights: dict[str, Tensor], settings: Settings, tokenizer: Tok
     named = {"sha256": tokenizer.sha256, "bytes": len(embedded)}
     header = {"settings": s.stored_values(), "tensors": tensors, "tokenizer": named}
     text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
-    prefix = ARTIFACT_MAGIC + np.array([ARTIFACT_VERSION, len(text)], "<u4").tobytes()
+    prefix = PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(text))
     body = prefix + text + compress_smallest(payload, s.compressor)
     return body + hashlib.sha256(body).digest()
 
 
-def check_header(header: dict) -> tuple[Settings, list[tuple[str, list[int], str]]]:
-    """Return an artifact's settings and tensor list (name, shape, kind); raises ValueError, SettingError or
-    TypeError unless the settings are complete and valid and the tensors those of the model they describe."""
-    values, tensors, expected = header["settings"], header["tensors"], Settings().stored_values()
+def stored_parts(name: str, shape: list[int], kind: str) -> list[tuple[str, int]]:
+    """Return column and length of the arrays that stand for a tensor: integers and scales, or itself."""
+    if kind in BITS and len(shape) == 2:
+        return [("int8", math.prod(shape)), ("float16", shape[0])]
+    require(kind in COLUMNS[1:], f"tensor {name} is stored as {kind!r}, which this script does not know")
+    return [(kind, math.prod(shape))]
+
+
+def check_header(header: dict) -> None:
+    """Raise ValueError, SettingError or TypeError unless the settings of an artifact's header are complete
+    and valid and its tensors those of the model they describe."""
+    values, expected = header["settings"], Settings().stored_values()
     require(set(values) == set(expected), "its header does not hold the settings that this script stores")
     for name, default in expected.items():
         require(type(values[name]) is type(default), f"its header gives {name} as {values[name]!r}")
     settings = Settings(**values, eval_only="artifact", val_batch_size=2**30)  # batches that break no rule
     with torch.device("meta"):  # shapes without memory
         shapes = [[name, list(parameter.shape)] for name, parameter in GPT(settings).named_parameters()]
-    require([entry[:2] for entry in tensors] == shapes, "its tensors are not those of its settings' model")
-    for name, shape, kind in tensors:
-        known = kind in COLUMNS[1:] or (kind in BITS and len(shape) == 2)
-        require(known, f"tensor {name} is stored as {kind!r}, which this script does not know")
-    return settings, tensors
+    own = [entry[:2] for entry in header["tensors"]] == shapes
+    require(own, "its tensors are not those of its settings' model")
 
 
 def expand_frame(frame: bytes, size: int) -> bytes:
@@ -1563,47 +1539,46 @@ def expand_frame(frame: bytes, size: int) -> bytes:
     if frame.startswith(XZ_MAGIC):
         stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**28)
         data = stream.decompress(frame, max_length=size + 1)
-        exact = len(data) == size and stream.eof and not stream.unused_data
-        require(exact, f"its xz stream does not hold the {size} bytes that its header needs")
-        return data
-    claimed, data = zstandard.frame_content_size(frame), bytearray()
-    require(claimed == size, f"its frame claims {claimed} bytes, its header needs {size}")
-    # Read in pieces: memory grows with what is really there, not with what the frame claims.
-    reader = zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(io.BytesIO(frame))
-    while len(data) <= size and (piece := reader.read(2**20)):
-        data += piece
-    require(len(data) == size, f"its frame holds {len(data)} bytes, its header needs {size}")
+        complete = stream.eof and not stream.unused_data
+    else:
+        claimed, data, complete = zstandard.frame_content_size(frame), bytearray(), True
+        require(claimed == size, f"its frame claims {claimed} bytes, its header needs {size}")
+        # Read in pieces: memory grows with what is really there, not with what the frame claims.
+        reader = zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(frame)
+        while len(data) <= size and (piece := reader.read(2**20)):
+            data += piece
+    require(complete and len(data) == size, f"its frame does not hold the {size} bytes that its header needs")
     return bytes(data)
 
 
 def unpack_artifact(data: bytes) -> Artifact:
     """Return the content of an artifact file; raises one of ARTIFACT_FAULTS with the reason."""
     require(data.startswith(ARTIFACT_MAGIC), "it does not start with an artifact's magic bytes")
-    require(len(data) >= PREFIX_BYTES + 32, "it is truncated")
-    version, header_size = np.frombuffer(data, "<u4", 2, len(ARTIFACT_MAGIC)).tolist()
+    require(len(data) >= PREFIX.size + 32, "it is truncated")
+    _, version, header_size = PREFIX.unpack_from(data)
     require(version == ARTIFACT_VERSION, f"format version {version}, this script reads {ARTIFACT_VERSION}")
     require(hashlib.sha256(data[:-32]).digest() == data[-32:], "its SHA-256 does not match: cut or altered")
-    end = PREFIX_BYTES + header_size
+    end = PREFIX.size + header_size
     require(end <= min(len(data) - 32, MAX_HEADER_BYTES), f"a header of {header_size} bytes does not fit")
-    header = json.loads(data[PREFIX_BYTES:end])
-    settings, tensors = check_header(header)
-    named_sha256, embedded = header["tokenizer"]["sha256"], header["tokenizer"]["bytes"]
-    parts = [part for _, shape, kind in tensors for part in stored_parts(shape, kind)]
-    counts = {np.dtype(name): [n for column, n in parts if column == name] for name in COLUMNS}
-    needed = sum(dtype.itemsize * sum(lengths) for dtype, lengths in counts.items())
-    possible = type(embedded) is int and 0 <= embedded <= needed + embedded <= MAX_PAYLOAD_BYTES
-    require(possible, f"its header needs {needed} and {embedded!r} bytes, which no artifact has")
-    payload, columns, weights = io.BytesIO(expand_frame(data[end:-32], needed + embedded)), {}, {}
-    for dtype, lengths in counts.items():
-        column = from_byte_planes(payload.read(dtype.itemsize * sum(lengths)), dtype)
-        columns[dtype.name] = iter(torch.from_numpy(column).split(lengths))
+    header = json.loads(data[PREFIX.size : end])
+    check_header(header)
+    tensors, named, embedded = header["tensors"], header["tokenizer"]["sha256"], header["tokenizer"]["bytes"]
+    parts = [part for tensor in tensors for part in stored_parts(*tensor)]
+    counts = {np.dtype(name): [count for column, count in parts if column == name] for name in COLUMNS}
+    sizes = [dtype.itemsize * sum(lengths) for dtype, lengths in counts.items()]
+    possible = type(embedded) is int and 0 <= embedded <= sum(sizes) + embedded <= MAX_PAYLOAD_BYTES
+    require(possible, f"its header needs {sum(sizes)} and {embedded!r} bytes, which no artifact has")
+    payload, columns, weights = expand_frame(data[end:-32], sum(sizes) + embedded), {}, {}
+    *planes, source = struct.unpack("{}s{}s{}s{}s".format(*sizes, embedded), payload)
+    for (dtype, lengths), plane in zip(counts.items(), planes, strict=True):
+        columns[dtype.name] = iter(torch.from_numpy(from_byte_planes(plane, dtype)).split(lengths))
     for name, shape, kind in tensors:
-        flat, *scales = (next(columns[column]) for column, _ in stored_parts(shape, kind))
+        flat, *scales = (next(columns[column]) for column, _ in stored_parts(name, shape, kind))
         weights[name] = restore_rows(flat.reshape(shape), *scales) if scales else flat.reshape(shape).float()
-    tokenizer = Tokenizer(payload.read()) if embedded else None
-    require(not embedded or tokenizer.sha256 == named_sha256, "its tokenizer is not the one its header names")
+    tokenizer = Tokenizer(source) if source else None
+    require(not source or tokenizer.sha256 == named, "its tokenizer is not the one its header names")
     sha256 = hashlib.sha256(data).hexdigest()
-    return Artifact(settings.stored_values(), weights, tokenizer, named_sha256, sha256, len(data))
+    return Artifact(header["settings"], weights, tokenizer, named, sha256, len(data))
 
 
 def read_artifact(path: Path) -> Artifact:

@@ -883,7 +883,7 @@ GATES = 7  # logits of #834's gate: the neural price, then orders 2 ... 7
 NORM_EPSILON = 1.19e-7  # of float32, written out: the default of F.rms_norm varies with version and dtype
 ROLES = {"tok_emb": "embedding", "lm_head": "head", "bigram.embed": "lookup", "ve_shared.embed": "lookup"}
 ROLES |= {"bigram.proj": "projection", "ve_shared.proj": "projection"}
-linear = functools.partial(nn.Linear, bias=False)
+linear = functools.partial(nn.Linear, bias=False)  # matrices have no bias, gates have
 
 
 def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
@@ -895,11 +895,10 @@ def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
 def rotary_tables(length: int, dims: int, base: float, ntk_length: int = 0) -> Tensor:
     """Return cos and sin of the rotary angles, (2, length, dims / 2) float32 (arXiv 2104.09864).
 
-    Beyond `ntk_length`, if that is set, the base grows: the slowest channel turns no further than it did
-    at ntk_length ("NTK-aware" scaling)."""
+    Beyond `ntk_length`, if set, the base grows: the slowest channel turns no further ("NTK-aware")."""
     base *= max(1.0, length / (ntk_length or length)) ** (dims / max(dims - 2, 1))
-    frequencies = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+    speeds = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * speeds
     return torch.stack((angles.cos().float(), angles.sin().float()))
 
 
@@ -997,9 +996,7 @@ class Block(nn.Module):
         self.dtg_gate = gate(settings.model_dim, 1, 2.0) if settings.dtg_enabled else None
 
     def forward(self, x: Tensor, x0: Tensor, *carried: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the stream after this block and the first values; x, x0 (the embedding) are (B, T, D).
-
-        `carried`: rotary tables and all that follows, as Attention.forward takes them."""
+        """Return the stream after this block and the first values; x, x0 (embedding) are (B, T, D)."""
         mix = self.resid_mix.to(x.dtype)
         start = mix[0] * x + mix[1] * x0
         branch, first = self.attn(rms_norm(start, self.norm_scale), *carried)
@@ -1029,8 +1026,7 @@ class Lookup(nn.Module):
 def bigram_indices(ids: Tensor, rows: int, form: str) -> Tensor:
     """Return the row of the bigram table for each token of ids (B, T) and the one before it.
 
-    "xor" (PRs #890, #779, #834, #864) keeps the last row for a token without predecessor; "linear" (#810)
-    takes token 0 for it."""
+    For the first token "xor" (PRs #890, #779, #834, #864) has a row of its own, "linear" (#810) none."""
     previous = F.pad(ids[:, :-1], (1, 0))
     if form == "linear":
         return (92_821 * previous + ids) % rows
@@ -1045,19 +1041,19 @@ def parameter_role(name: str, parameter: Tensor) -> str:
     return ROLES.get(name.removesuffix(".weight"), "matrix")
 
 
-@torch.no_grad()
 def initialize(model: nn.Module, settings: Settings) -> None:
     """Give the matrices their initial values: zero where they write to the residual stream or to logits."""
     if settings.embed_init == "overtone":
-        u, spectrum, v = torch.linalg.svd(model.tok_emb.weight, full_matrices=False)
-        model.tok_emb.weight.copy_(u * (spectrum[0] * torch.arange(1, len(spectrum) + 1) ** -0.5) @ v)
+        u, spectrum, v = torch.linalg.svd(model.tok_emb.weight.data, full_matrices=False)
+        spectrum = spectrum[0] * torch.arange(1, len(spectrum) + 1) ** -0.5
+        model.tok_emb.weight.data.copy_(u * spectrum @ v)
     for name, parameter in model.named_parameters():
         role = parameter_role(name, parameter)
         if name.endswith((".attn.proj.weight", ".mlp.proj.weight")) or name.startswith(("lm_head", "mtp_")):
             nn.init.zeros_(parameter)
         elif role in ("matrix", "projection") and settings.matrix_init != "uniform":
             scaled = role == "projection" and settings.matrix_init == "scaled"
-            nn.init.orthogonal_(parameter).mul_((2 * settings.num_layers) ** -0.5 if scaled else 1.0)
+            nn.init.orthogonal_(parameter, (2 * settings.num_layers) ** -0.5 if scaled else 1.0)
 
 
 class GPT(nn.Module):
@@ -1077,7 +1073,7 @@ class GPT(nn.Module):
         start = {"xor": (0.0, 0.05), "linear": (0.01, None)}[s.bigram_hash]
         self.bigram = Lookup(s.bigram_vocab_size, s.bigram_dim, D, *start) if s.bigram_vocab_size else None
         self.ve_shared = Lookup(V, s.ve_dim, kv_dim, 0.01, 0.1) if s.value_layers else None
-        self.ve_layer_scales = nn.Parameter(torch.ones(len(s.value_layers))) if s.value_layers else None
+        self.ve_layer_scales = nn.Parameter(torch.ones(len(s.value_layers))) if s.value_layers else ()
         share = {"off": None, "half": 0.0, "twentieth": -3.0}[s.smear_gate]
         self.smear_gate = None if share is None else nn.Parameter(torch.full((D,), share))
         self.pre_enrich = nn.Sequential(linear(D, E), nn.GELU(), linear(E, D)) if E else None
@@ -1090,30 +1086,30 @@ class GPT(nn.Module):
     def smeared(self, ids: Tensor) -> Tensor:
         """Return the embeddings (B, T, D) of ids with bigrams and a learned share of the position before.
 
-        The norm comes before the share, sigmoid(gate) by channel, unless pre-enrichment (#810) follows."""
+        The norm comes before the share unless pre-enrichment (#810) follows."""
         s, x = self.settings, self.tok_emb(ids)
         if self.bigram is not None:
             x = x + self.bigram(bigram_indices(ids, s.bigram_vocab_size, s.bigram_hash))
         x = rms_norm(x) if self.pre_enrich is None else x
-        if self.smear_gate is None:
-            return x
-        return x + torch.sigmoid(self.smear_gate) * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
+        if self.smear_gate is not None:
+            x = x + torch.sigmoid(self.smear_gate) * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
+        return x
 
     def hidden(self, ids: Tensor, last: int | None = None, memory=None, seen: int = 0) -> Tensor:
         """Return the normed output of the blocks (B, T, D) for ids (B, T), or of the last positions only.
 
         `memory` (layers, 2, B, K, window, D / H) holds keys and values of the first `seen` ids, 0 or T - 1,
         from the call before, and takes in those of the others, for which alone there is an output."""
-        s, near = self.settings, max(seen - 2, 0)  # bigrams and smear reach two positions back
-        x = self.smeared(ids[:, near:])[:, seen - near :]
+        s, device, near = self.settings, ids.device.type, max(seen - 2, 0)
+        x = self.smeared(ids[:, near:])[:, seen - near :]  # bigrams and smear reach two positions back
         x = x if self.pre_enrich is None else rms_norm(self.pre_enrich(x))
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
         size = ids.size(1) if memory is None else memory.size(-2)
         length = min(n for n in (s.train_seq_len, s.window) if n >= size)
         rotary, x0, first, skips = self.get_buffer(f"rotary_{length}")[:, seen:], x, None, []
         shared = None if self.ve_shared is None else self.ve_shared(ids[:, seen:])
-        values = {n: self.ve_layer_scales[i].to(shared.dtype) * shared for i, n in enumerate(s.value_layers)}
+        scales = zip(s.value_layers, self.ve_layer_scales, strict=True)
+        values = {index: scale.to(shared.dtype) * shared for index, scale in scales}
         for index, block in enumerate(self.blocks):
             if index >= self.num_encoder and skips:
                 x = x + self.skip_weights[index - self.num_encoder].to(x.dtype) * skips.pop()
@@ -1148,8 +1144,7 @@ class GPT(nn.Module):
     def forward(self, ids: Tensor, targets: Tensor, ratios: Tensor | None = None) -> Tensor:
         """Return the mean cross entropy in nats of targets (B, T) after ids (B, T).
 
-        Each MTP head adds its share of the loss on targets 1, 2, ... further ahead (arXiv 2404.19737), #834's
-        gate head a tenth of its own, whose gradient reaches the blocks."""
+        MTP heads add theirs, 1, 2, ... targets further ahead (arXiv 2404.19737); #834's gate adds a tenth."""
         x, loss = self.hidden(ids), 0.0
         for ahead, head in enumerate((self.lm_head, *self.mtp_heads)):
             logits = self.capped(x[:, : x.size(1) - ahead], head).flatten(0, 1)
@@ -1217,10 +1212,10 @@ def learning_rate_scale(step: int, elapsed_ms: float, settings: Settings, before
 
 def quantization_starts(step: int, elapsed_ms: float, scale: float, settings: Settings) -> bool:
     """Return whether QAT_START is reached: `scale` below x, or share x of time (or ITERATIONS) used up."""
-    (kind, _, at), limit_ms = settings.qat_start.partition(":"), 1000.0 * settings.max_wallclock_seconds
+    kind, _, threshold = settings.qat_start.partition(":")
+    at, limit_ms = float(threshold or 0), 1000.0 * settings.max_wallclock_seconds
     used = elapsed_ms / limit_ms if limit_ms else step / settings.iterations
-    reached = {"scale": scale < float(at or 0), "time": used >= float(at or 0)}
-    return kind == "step0" or reached.get(kind, False)
+    return {"off": False, "step0": True, "scale": scale < at, "time": used >= at}[kind]
 
 
 def momentum_at(step: int, settings: Settings) -> float:
@@ -1233,8 +1228,7 @@ def momentum_at(step: int, settings: Settings) -> float:
 def orthogonalize(update: Tensor, steps: int) -> Tensor:
     """Return matrices (..., R, C) pushed towards orthogonal ones by `steps` Newton-Schulz iterations.
 
-    The quintic of Muon ("zeropower_via_newtonschulz5"); singular values end near 1, not at it. bfloat16 on
-    CUDA, float32 on CPU, where bfloat16 is slower."""
+    Muon's quintic leaves singular values near 1, not at it. On the CPU in float32, which is faster there."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = update.size(-2) > update.size(-1)
     x = (update.mT if tall else update).to(torch.bfloat16 if update.is_cuda else torch.float32)
@@ -1262,12 +1256,11 @@ class Bank(NamedTuple):
 
 
 class Muon:
-    """Momentum, Newton-Schulz, update; matrices of one shape go as one batch, shared out over the ranks.
+    """Keller Jordan's Muon; matrices of one shape go as one batch, shared out over the ranks.
 
-    Update: buffer = momentum * buffer + gradient; u = orthogonalize(gradient + momentum * buffer);
-    p = (1 - lr * decay) * p - lr * sqrt(max(1, rows / columns)) * u (Keller Jordan's Muon). Sums of gradients
-    run while AdamW steps (unless it needs the clipping norm), updates travel while other banks are worked on.
-    PARALLEL_MUON (#864) gives each rank its slice of the sums alone."""
+    buffer = momentum * buffer + gradient; u = orthogonalize(gradient + momentum * buffer);
+    p = (1 - lr * decay) * p - lr * sqrt(max(1, rows / columns)) * u. Gradients are summed while AdamW steps
+    (unless clipped), updates travel while other banks are worked on, PARALLEL_MUON (#864) scatters sums."""
 
     def __init__(self, matrices: list[nn.Parameter], settings: Settings, process: Process) -> None:
         self.settings, self.process, self.banks = settings, process, []
@@ -1383,8 +1376,7 @@ class Averages:
             torch._foreach_lerp_(list(self.swa.values()), source, 1 / self.snapshots)
 
     def candidates(self) -> dict[str, dict[str, Tensor]]:
-        """Return the weights to export, or under AVERAGE=best all that there are, by name."""
-        # An average without a single update is the weights themselves; an SWA without snapshot is the EMA.
+        """Return the weights to export by name, all under AVERAGE=best; for an empty average its source."""
         average, ema = self.settings.average, self.ema or self.live
         found = {"raw": self.live, "ema": ema, "swa": self.swa or ema}
         if average == "mean":

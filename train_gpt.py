@@ -42,6 +42,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import itertools
 import json
@@ -791,6 +792,9 @@ def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Datase
 
 GATES = 7  # logits of #834's gate: the neural price, then orders 2 ... 7
 NORM_EPSILON = 1.19e-7  # of float32, written out: the default of F.rms_norm varies with version and dtype
+ROLES = {"tok_emb": "embedding", "lm_head": "head", "bigram.embed": "lookup", "ve_shared.embed": "lookup"}
+ROLES |= {"bigram.proj": "projection", "ve_shared.proj": "projection"}
+linear = functools.partial(nn.Linear, bias=False)  # matrices have no bias, gates have
 
 
 def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
@@ -802,12 +806,10 @@ def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
 def rotary_tables(length: int, dims: int, base: float, ntk_length: int = 0) -> Tensor:
     """Return cos and sin of the rotary angles, (2, length, dims / 2) float32 (arXiv 2104.09864).
 
-    Beyond `ntk_length`, if that is set, the base grows by (length / ntk_length)^(dims / (dims - 2)): the
-    slowest channel turns no further than it did at ntk_length ("NTK-aware" scaling)."""
-    if 0 < ntk_length < length:
-        base *= (length / ntk_length) ** (dims / max(dims - 2, 1))
-    frequencies = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+    Beyond `ntk_length`, if set, the base grows: the slowest channel turns no further ("NTK-aware")."""
+    base *= max(1.0, length / (ntk_length or length)) ** (dims / max(dims - 2, 1))
+    speeds = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * speeds
     return torch.stack((angles.cos().float(), angles.sin().float()))
 
 
@@ -845,42 +847,36 @@ class Attention(nn.Module):
 
     def __init__(self, settings: Settings, exclusive: bool) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads = settings.num_heads, settings.num_kv_heads
-        self.exclusive, D, kv_dim = exclusive, settings.model_dim, settings.num_kv_heads * settings.head_dim
-        layers = (nn.Linear(D, width, bias=False) for width in (D, kv_dim, kv_dim, D))
-        self.c_q, self.c_k, self.c_v, self.proj = layers
-        self.q_gain = nn.Parameter(torch.full((settings.num_heads,), settings.qk_gain_init))
-        self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) if settings.value_residual else None
-        self.attn_gate = gate(settings.model_dim, self.num_heads, 4.0) if settings.gated_attn else None
+        self.exclusive, self.head_dim, s, D = exclusive, settings.head_dim, settings, settings.model_dim
+        widths = (D, s.num_kv_heads * s.head_dim, s.num_kv_heads * s.head_dim, D)
+        self.c_q, self.c_k, self.c_v, self.proj = (linear(D, width) for width in widths)
+        self.q_gain = nn.Parameter(torch.full((s.num_heads,), s.qk_gain_init))
+        self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) if s.value_residual else None
+        self.attn_gate = gate(D, s.num_heads, 4.0) if s.gated_attn else None
 
-    def forward(
-        self, x: Tensor, rotary: Tensor, extra=None, first=None, memory=None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, rotary: Tensor, extra=None, first=None, memory=None) -> tuple:
         """Return the attention branch for x (B, T, D), and the first block's values (B, T, K * D / H).
 
         `extra`: a value embedding to add to this block's values; `first`: None in the first block; `memory`
         (2, B, K, past + T, D / H): keys and values of the past, whose last T places this call fills."""
-        B, T, D = x.shape
-        q = self.c_q(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, D / H)
-        k = self.c_k(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)  # (B, K, T, D / H)
-        v = self.c_v(x) if extra is None else self.c_v(x) + extra
+        q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)
+        v = v if extra is None else v + extra
         first = v if first is None else first
         if self.vr_lambda is not None:
             v = self.vr_lambda[0].to(v.dtype) * first + self.vr_lambda[1].to(v.dtype) * v
-        v = v.view(B, T, self.num_kv_heads, -1).transpose(1, 2)
-        q = apply_rotary(rms_norm(q), rotary) * self.q_gain.to(q.dtype)[:, None, None]
-        k = apply_rotary(rms_norm(k), rotary)
-        grouped = self.num_heads != self.num_kv_heads
-        keys, values = k, v
+        q, k, v = (flat.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for flat in (q, k, v))
+        q = apply_rotary(rms_norm(q), rotary) * self.q_gain.to(q.dtype)[:, None, None]  # (B, H, T, D / H)
+        k = apply_rotary(rms_norm(k), rotary)  # (B, K, T, D / H)
+        keys, values, grouped = k, v, q.size(1) != k.size(1)
         if memory is not None:
-            memory[:, :, :, -T:] = torch.stack((k, v))
+            memory[..., -x.size(1) :, :] = torch.stack((k, v))
             keys, values = memory.to(q.dtype)
-        causal = keys.size(2) == T  # a single new position sees all that there is
+        causal = keys.size(2) == x.size(1)  # a single new position sees all that there is
         y = F.scaled_dot_product_attention(q, keys, values, is_causal=causal, enable_gqa=grouped)
         y = (exclude_own_value(y, v) if self.exclusive else y).transpose(1, 2)
         if self.attn_gate is not None:
             y = y * torch.sigmoid(self.attn_gate(x))[..., None]
-        return self.proj(y.reshape(B, T, D)), first
+        return self.proj(y.flatten(2)), first
 
 
 class MLP(nn.Module):
@@ -889,8 +885,8 @@ class MLP(nn.Module):
     def __init__(self, settings: Settings) -> None:
         super().__init__()
         self.slope = {"relu2": 0.0, "leaky2": 0.5}[settings.mlp_activation]
-        self.fc = nn.Linear(settings.model_dim, settings.mlp_dim, bias=False)
-        self.proj = nn.Linear(settings.mlp_dim, settings.model_dim, bias=False)
+        self.fc = linear(settings.model_dim, settings.mlp_dim)
+        self.proj = linear(settings.mlp_dim, settings.model_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the MLP branch for x (B, T, D)."""
@@ -911,9 +907,7 @@ class Block(nn.Module):
         self.dtg_gate = gate(settings.model_dim, 1, 2.0) if settings.dtg_enabled else None
 
     def forward(self, x: Tensor, x0: Tensor, *carried: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the stream after this block and the first values; x, x0 (the embedding) are (B, T, D).
-
-        `carried`: rotary tables and all that follows, as Attention.forward takes them."""
+        """Return the stream after this block and the first values; x, x0 (embedding) are (B, T, D)."""
         mix = self.resid_mix.to(x.dtype)
         start = mix[0] * x + mix[1] * x0
         branch, first = self.attn(rms_norm(start, self.norm_scale), *carried)
@@ -930,7 +924,7 @@ class Lookup(nn.Module):
 
     def __init__(self, rows: int, dim: int, width: int, std: float, scale: float | None) -> None:
         super().__init__()
-        self.embed, self.proj = nn.Embedding(rows, dim), nn.Linear(dim, width, bias=False)
+        self.embed, self.proj = nn.Embedding(rows, dim), linear(dim, width)
         nn.init.normal_(self.embed.weight, std=std)
         self.scale = None if scale is None else nn.Parameter(torch.tensor(scale))
 
@@ -943,8 +937,7 @@ class Lookup(nn.Module):
 def bigram_indices(ids: Tensor, rows: int, form: str) -> Tensor:
     """Return the row of the bigram table for each token of ids (B, T) and the one before it.
 
-    "xor" (PRs #890, #779, #834, #864) keeps the last row for a token without predecessor; "linear" (#810)
-    takes token 0 for it."""
+    For the first token "xor" (PRs #890, #779, #834, #864) has a row of its own, "linear" (#810) none."""
     previous = F.pad(ids[:, :-1], (1, 0))
     if form == "linear":
         return (92_821 * previous + ids) % rows
@@ -956,26 +949,22 @@ def parameter_role(name: str, parameter: Tensor) -> str:
     """Return "embedding", "head", "lookup" (another table), "projection" (of one), "matrix" or "scalar"."""
     if parameter.ndim != 2 or not name.endswith(".weight") or "gate" in name:
         return "scalar"
-    first, part = name.split(".")[0], name.split(".")[-2]
-    if first in ("bigram", "ve_shared"):
-        return "lookup" if part == "embed" else "projection"
-    return {"tok_emb": "embedding", "lm_head": "head"}.get(first, "matrix")
+    return ROLES.get(name.removesuffix(".weight"), "matrix")
 
 
-@torch.no_grad()
 def initialize(model: nn.Module, settings: Settings) -> None:
     """Give the matrices their initial values: zero where they write to the residual stream or to logits."""
     if settings.embed_init == "overtone":
-        u, spectrum, v = torch.linalg.svd(model.tok_emb.weight, full_matrices=False)
-        places = torch.arange(1, len(spectrum) + 1, device=spectrum.device)
-        model.tok_emb.weight.copy_(u * (spectrum[0] * places**-0.5) @ v)
+        u, spectrum, v = torch.linalg.svd(model.tok_emb.weight.data, full_matrices=False)
+        spectrum = spectrum[0] * torch.arange(1, len(spectrum) + 1) ** -0.5
+        model.tok_emb.weight.data.copy_(u * spectrum @ v)
     for name, parameter in model.named_parameters():
         role = parameter_role(name, parameter)
         if name.endswith((".attn.proj.weight", ".mlp.proj.weight")) or name.startswith(("lm_head", "mtp_")):
             nn.init.zeros_(parameter)
         elif role in ("matrix", "projection") and settings.matrix_init != "uniform":
             scaled = role == "projection" and settings.matrix_init == "scaled"
-            nn.init.orthogonal_(parameter).mul_((2 * settings.num_layers) ** -0.5 if scaled else 1.0)
+            nn.init.orthogonal_(parameter, (2 * settings.num_layers) ** -0.5 if scaled else 1.0)
 
 
 class GPT(nn.Module):
@@ -983,26 +972,22 @@ class GPT(nn.Module):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
-        self.settings, s, D, V = settings, settings, settings.model_dim, settings.vocab_size
+        self.settings, s, kv_dim = settings, settings, settings.num_kv_heads * settings.head_dim
+        D, V, E = s.model_dim, s.vocab_size, s.pre_enrich_dim
         self.num_encoder = (s.num_layers + (s.unet_longer_half == "encoder")) // 2
         self.tok_emb = nn.Embedding(V, D)
         nn.init.normal_(self.tok_emb.weight, std=s.tied_embed_init_std)
         self.blocks = nn.ModuleList(Block(s, layer) for layer in range(s.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(s.num_layers // 2, D))
-        self.lm_head = None if s.tie_embeddings else nn.Linear(D, V, bias=False)
-        self.mtp_heads = nn.ModuleList(nn.Linear(D, V, bias=False) for _ in range(s.mtp_num_heads))
-        self.bigram = self.ve_shared = self.smear_gate = self.pre_enrich = None
-        if s.bigram_vocab_size:
-            start = {"xor": (0.0, 0.05), "linear": (0.01, None)}[s.bigram_hash]
-            self.bigram = Lookup(s.bigram_vocab_size, s.bigram_dim, D, *start)
-        if s.value_layers:
-            self.ve_shared = Lookup(V, s.ve_dim, s.num_kv_heads * s.head_dim, 0.01, 0.1)
-            self.ve_layer_scales = nn.Parameter(torch.ones(len(s.value_layers)))
-        if s.smear_gate != "off":
-            self.smear_gate = nn.Parameter(torch.full((D,), {"half": 0.0, "twentieth": -3.0}[s.smear_gate]))
-        if s.pre_enrich_dim:
-            up = nn.Linear(D, s.pre_enrich_dim, bias=False)
-            self.pre_enrich = nn.Sequential(up, nn.GELU(), nn.Linear(s.pre_enrich_dim, D, bias=False))
+        self.lm_head = None if s.tie_embeddings else linear(D, V)
+        self.mtp_heads = nn.ModuleList(linear(D, V) for _ in range(s.mtp_num_heads))
+        start = {"xor": (0.0, 0.05), "linear": (0.01, None)}[s.bigram_hash]
+        self.bigram = Lookup(s.bigram_vocab_size, s.bigram_dim, D, *start) if s.bigram_vocab_size else None
+        self.ve_shared = Lookup(V, s.ve_dim, kv_dim, 0.01, 0.1) if s.value_layers else None
+        self.ve_layer_scales = nn.Parameter(torch.ones(len(s.value_layers))) if s.value_layers else ()
+        share = {"off": None, "half": 0.0, "twentieth": -3.0}[s.smear_gate]
+        self.smear_gate = None if share is None else nn.Parameter(torch.full((D,), share))
+        self.pre_enrich = nn.Sequential(linear(D, E), nn.GELU(), linear(E, D)) if E else None
         initialize(self, s)
         self.gate_head = gate(D, GATES, [2.0] + (GATES - 1) * [0.0]) if s.gate_head else None
         for length in {s.train_seq_len, s.window}:
@@ -1012,37 +997,34 @@ class GPT(nn.Module):
     def smeared(self, ids: Tensor) -> Tensor:
         """Return the embeddings (B, T, D) of ids with bigrams and a learned share of the position before.
 
-        The norm comes before the share, sigmoid(gate) by channel, unless pre-enrichment (#810) follows."""
+        The norm comes before the share unless pre-enrichment (#810) follows."""
         s, x = self.settings, self.tok_emb(ids)
         if self.bigram is not None:
             x = x + self.bigram(bigram_indices(ids, s.bigram_vocab_size, s.bigram_hash))
         x = rms_norm(x) if self.pre_enrich is None else x
-        if self.smear_gate is None:
-            return x
-        return x + torch.sigmoid(self.smear_gate) * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
+        if self.smear_gate is not None:
+            x = x + torch.sigmoid(self.smear_gate) * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
+        return x
 
     def hidden(self, ids: Tensor, last: int | None = None, memory=None, seen: int = 0) -> Tensor:
         """Return the normed output of the blocks (B, T, D) for ids (B, T), or of the last positions only.
 
         `memory` (layers, 2, B, K, window, D / H) holds keys and values of the first `seen` ids, 0 or T - 1,
         from the call before, and takes in those of the others, for which alone there is an output."""
-        s, near = self.settings, max(seen - 2, 0)  # bigrams and smear reach two positions back
-        x = self.smeared(ids[:, near:])[:, seen - near :]
+        s, device, near = self.settings, ids.device.type, max(seen - 2, 0)
+        x = self.smeared(ids[:, near:])[:, seen - near :]  # bigrams and smear reach two positions back
         x = x if self.pre_enrich is None else rms_norm(self.pre_enrich(x))
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
         size = ids.size(1) if memory is None else memory.size(-2)
         length = min(n for n in (s.train_seq_len, s.window) if n >= size)
-        rotary, x0, first = self.get_buffer(f"rotary_{length}")[:, seen:], x, None
-        values: dict[int, Tensor] = {}
-        if self.ve_shared is not None:
-            shared, scales = self.ve_shared(ids[:, seen:]), self.ve_layer_scales
-            values = {n: w.to(shared.dtype) * shared for n, w in zip(s.value_layers, scales, strict=True)}
-        skips: list[Tensor] = []
+        rotary, x0, first, skips = self.get_buffer(f"rotary_{length}")[:, seen:], x, None, []
+        shared = None if self.ve_shared is None else self.ve_shared(ids[:, seen:])
+        scales = zip(s.value_layers, self.ve_layer_scales, strict=True)
+        values = {index: scale.to(shared.dtype) * shared for index, scale in scales}
         for index, block in enumerate(self.blocks):
             if index >= self.num_encoder and skips:
                 x = x + self.skip_weights[index - self.num_encoder].to(x.dtype) * skips.pop()
-            past = None if memory is None else memory[index, :, :, :, : ids.size(1)]
+            past = None if memory is None else memory[index, ..., : ids.size(1), :]
             x, first = block(x, x0, rotary, values.get(index), first, past)
             if index < self.num_encoder:
                 skips.append(x)
@@ -1068,8 +1050,7 @@ class GPT(nn.Module):
     def forward(self, ids: Tensor, targets: Tensor, ratios: Tensor | None = None) -> Tensor:
         """Return the mean cross entropy in nats of targets (B, T) after ids (B, T).
 
-        Each MTP head adds its share of the loss on targets 1, 2, ... further ahead (arXiv 2404.19737), #834's
-        gate head a tenth of its own, whose gradient reaches the blocks."""
+        MTP heads add theirs, 1, 2, ... targets further ahead (arXiv 2404.19737); #834's gate adds a tenth."""
         x, loss = self.hidden(ids), 0.0
         for ahead, head in enumerate((self.lm_head, *self.mtp_heads)):
             logits = self.capped(x[:, : x.size(1) - ahead], head).flatten(0, 1)
@@ -1080,47 +1061,40 @@ class GPT(nn.Module):
         return loss
 
 
-def try_attention_kernel(name: str, settings: Settings, process: Process) -> None:
-    """Switch scaled_dot_product_attention to kernel `name`; raise unless it agrees with PyTorch's own.
-
-    Compared are output and gradients of a small causal case in bfloat16. PyTorch would prefer cuDNN to the
-    kernel under test: it is switched off first."""
-    if process.device.type != "cuda":
-        raise RuntimeError("there is no CUDA device")
-    torch.backends.cuda.enable_cudnn_sdp(False)
+def attention_results(settings: Settings, device: torch.device) -> list[Tensor]:
+    """Return output and gradients, in float32, of one small causal attention in bfloat16."""
     torch.manual_seed(0)
-    heads = (settings.num_heads, settings.num_kv_heads, settings.num_kv_heads)
-    shapes = [(2, count, 128, settings.head_dim) for count in heads]
-    inputs = [torch.randn(shape, device=process.device).bfloat16().requires_grad_() for shape in shapes]
-
-    def results() -> list[Tensor]:
-        output = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=heads[0] != heads[1])
-        gradients = torch.autograd.grad(output.float().square().sum(), inputs)
-        return [tensor.detach().float() for tensor in (output, *gradients)]
-
-    expected = results()
-    torch.nn.attention.activate_flash_attention_impl(name.upper())
-    errors = [(got - want).norm() / want.norm() for got, want in zip(results(), expected, strict=True)]
-    if not (error := torch.stack(errors).max()) < 0.02:
-        raise RuntimeError(f"differs from PyTorch's kernel by {error:.3g} of its norm")
+    s, heads = settings, (settings.num_heads, settings.num_kv_heads, settings.num_kv_heads)
+    inputs = [torch.randn(2, n, 128, s.head_dim, device=device).bfloat16().requires_grad_() for n in heads]
+    output = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=heads[0] != heads[1])
+    gradients = torch.autograd.grad(output.float().square().sum(), inputs)
+    return [tensor.detach().float() for tensor in (output, *gradients)]
 
 
 def select_attention(settings: Settings, process: Process, log: Log) -> None:
-    """Choose the kernel under scaled_dot_product_attention, say which and why; an explicit one must work."""
-    automatic = ("fa3", "fa4") if process.device.type == "cuda" else ()
-    reasons = []
-    for name in {"auto": automatic, "sdpa": ()}.get(settings.attention, (settings.attention,)):
+    """Choose the kernel under scaled_dot_product_attention, say which and why; an explicit one must work.
+
+    A kernel works if it agrees with PyTorch's own, on CUDA only."""
+    asked, reasons = settings.attention, []
+    names = {"auto": ("fa3", "fa4"), "sdpa": ()}.get(asked, (asked,))
+    for name in names if process.device.type == "cuda" else ():
         try:
-            try_attention_kernel(name, settings, process)
+            torch.backends.cuda.enable_cudnn_sdp(False)  # PyTorch would prefer cuDNN to the kernel under test
+            expected = attention_results(settings, process.device)
+            torch.nn.attention.activate_flash_attention_impl(name.upper())
+            pairs = zip(attention_results(settings, process.device), expected, strict=True)
+            share = torch.stack([(got - want).norm() / want.norm() for got, want in pairs]).max()
+            if not share < 0.02:
+                raise RuntimeError(f"differs from PyTorch's kernel by {share:.3g} of its norm")
             log.line(f"attention:{name} reason:agrees with PyTorch's own kernel")
             return
         except Exception as error:  # prototype kernels may fail in any way; the next one is tried
             getattr(torch.nn.attention, "restore_flash_attention_impl", lambda: None)()
             torch.backends.cuda.enable_cudnn_sdp(True)
             reasons.append(f"{name}: {type(error).__name__}: {str(error).split(chr(10))[0]}")
-    if settings.attention in ("fa3", "fa4"):
-        remedy = "install requirements-gpu.txt or use ATTENTION=auto"
-        raise SettingError(f"ATTENTION={settings.attention} does not work here ({reasons[0]}); {remedy}")
+    if asked in ("fa3", "fa4"):
+        text = f"ATTENTION={asked} does not work here ({'; '.join(reasons) or 'there is no CUDA device'})"
+        raise SettingError(f"{text}; install requirements-gpu.txt or use ATTENTION=auto")
     log.line(f"attention:sdpa reason:{'; '.join(reasons) or 'PyTorch picks its kernel'}")
 
 
@@ -1145,10 +1119,9 @@ def learning_rate_scale(step: int, elapsed_ms: float, settings: Settings, before
 def quantization_starts(step: int, elapsed_ms: float, scale: float, settings: Settings) -> bool:
     """Return whether QAT_START is reached: `scale` below x, or share x of time (or ITERATIONS) used up."""
     kind, _, threshold = settings.qat_start.partition(":")
-    if kind != "time":
-        return kind == "step0" or (kind == "scale" and scale < float(threshold))
-    limit_ms = 1000.0 * settings.max_wallclock_seconds
-    return (elapsed_ms / limit_ms if limit_ms else step / settings.iterations) >= float(threshold)
+    at, limit_ms = float(threshold or 0), 1000.0 * settings.max_wallclock_seconds
+    used = elapsed_ms / limit_ms if limit_ms else step / settings.iterations
+    return {"off": False, "step0": True, "scale": scale < at, "time": used >= at}[kind]
 
 
 def momentum_at(step: int, settings: Settings) -> float:
@@ -1161,8 +1134,7 @@ def momentum_at(step: int, settings: Settings) -> float:
 def orthogonalize(update: Tensor, steps: int) -> Tensor:
     """Return matrices (..., R, C) pushed towards orthogonal ones by `steps` Newton-Schulz iterations.
 
-    The quintic of Muon ("zeropower_via_newtonschulz5"); singular values end near 1, not at it. bfloat16 on
-    CUDA, float32 on CPU, where bfloat16 is slower."""
+    Muon's quintic leaves singular values near 1, not at it. On the CPU in float32, which is faster there."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = update.size(-2) > update.size(-1)
     x = (update.mT if tall else update).to(torch.bfloat16 if update.is_cuda else torch.float32)
@@ -1182,20 +1154,19 @@ class Bank(NamedTuple):
     update: Tensor  # (padded, R, C)
     arriving: list  # handles of sums or updates under way
 
-
-def wait(handles: list) -> None:
-    """Wait for collectives under way, and forget them."""
-    while handles:
-        handles.pop().wait()
+    def arrived(self) -> Bank:
+        """Wait for the sums or updates under way and return the bank."""
+        while self.arriving:
+            self.arriving.pop().wait()
+        return self
 
 
 class Muon:
-    """Momentum, Newton-Schulz, update; matrices of one shape go as one batch, shared out over the ranks.
+    """Keller Jordan's Muon; matrices of one shape go as one batch, shared out over the ranks.
 
-    Update: buffer = momentum * buffer + gradient; u = orthogonalize(gradient + momentum * buffer);
-    p = (1 - lr * decay) * p - lr * sqrt(max(1, rows / columns)) * u (Keller Jordan's Muon). Sums of gradients
-    run while AdamW steps (unless it needs the clipping norm), updates travel while other banks are worked on.
-    PARALLEL_MUON (#864) gives each rank its slice of the sums alone."""
+    buffer = momentum * buffer + gradient; u = orthogonalize(gradient + momentum * buffer);
+    p = (1 - lr * decay) * p - lr * sqrt(max(1, rows / columns)) * u. Gradients are summed while AdamW steps
+    (unless clipped), updates travel while other banks are worked on, PARALLEL_MUON (#864) scatters sums."""
 
     def __init__(self, matrices: list[nn.Parameter], settings: Settings, process: Process) -> None:
         self.settings, self.process, self.banks = settings, process, []
@@ -1213,16 +1184,14 @@ class Muon:
         """Update every matrix from its gradient."""
         s, decay = self.settings, 1 - lr * self.settings.muon_wd
         for bank in self.banks:
-            wait(bank.arriving)
-            gradient = self.process.own(bank.gradient)
+            gradient = self.process.own(bank.arrived().gradient)
             bank.momentum.mul_(momentum).add_(gradient)
             direction = gradient.add(bank.momentum, alpha=momentum)
             self.process.own(bank.update).copy_(orthogonalize(direction, s.muon_backend_steps))
             bank.arriving.extend(self.process.start_gather(bank.update))
         for bank in self.banks:
-            wait(bank.arriving)
             rows, columns = bank.matrices[0].shape
-            changes = list(bank.update[: len(bank.matrices)].float().unbind())
+            changes = list(bank.arrived().update[: len(bank.matrices)].float().unbind())
             if s.muon_wd and s.muon_wd_order == "before":
                 torch._foreach_mul_(bank.matrices, decay)
             torch._foreach_add_(bank.matrices, changes, alpha=-lr * max(1.0, rows / columns) ** 0.5)
@@ -1238,9 +1207,8 @@ class Optimizers:
         embed_lr = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
         rates = {"embedding": embed_lr, "lookup": embed_lr, "head": s.head_lr}
         rates |= {"scalar": s.scalar_lr, "projection": s.scalar_lr, "matrix": 0.0}
-        roles: dict[str, list[nn.Parameter]] = {role: [] for role in rates}
-        for name, parameter in model.named_parameters():
-            roles[parameter_role(name, parameter)].append(parameter)
+        named = [(parameter_role(name, parameter), parameter) for name, parameter in model.named_parameters()]
+        roles = {role: [parameter for own, parameter in named if own == role] for role in rates}
         order = ("matrix", "projection", "lookup")
         matrices = [p for role in order[: order.index(s.muon_scope) + 1] for p in roles.pop(role)]
         groups = [{"params": roles[role], "base_lr": rates[role]} for role in roles if roles[role]]
@@ -1270,9 +1238,7 @@ class Optimizers:
     def step(self, scale: float, momentum: float) -> None:
         """Clip, then update every parameter; `scale` multiplies every learning rate."""
         if self.settings.grad_clip_norm:
-            for bank in self.muon.banks:
-                wait(bank.arriving)
-            own = [self.process.own(bank.gradient) for bank in self.muon.banks]
+            own = [self.process.own(bank.arrived().gradient) for bank in self.muon.banks]
             square = self.process.sum(sum(gradient.square().sum() for gradient in own))
             norm = (square + self.flat[:-1].square().sum()).sqrt()
             factor = (self.settings.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -1297,10 +1263,10 @@ class Averages:
     taken every SWA_EVERY steps once the learning-rate scale is below SWA_START_SCALE (arXiv 1803.05407)."""
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
-        self.settings, self.live = settings, dict(model.named_parameters())
-        self.updates, self.snapshots, self.swa = 0, 0, {}
+        self.settings, self.updates, self.snapshots, self.swa = settings, 0, 0, {}
+        self.live = {name: parameter.detach() for name, parameter in model.named_parameters()}
         used = settings.ema_decay and (settings.average, settings.swa_source) != ("swa", "raw")
-        self.ema = {name: p.detach().float().clone() for name, p in self.live.items()} if used else {}
+        self.ema = {name: p.float().clone() for name, p in self.live.items()} if used else {}
 
     @torch.no_grad()
     def update(self, step: int, scale: float) -> None:
@@ -1316,17 +1282,16 @@ class Averages:
             torch._foreach_lerp_(list(self.swa.values()), source, 1 / self.snapshots)
 
     def candidates(self) -> dict[str, dict[str, Tensor]]:
-        """Return the weights to export, or under AVERAGE=best all that there are, by name."""
-        # An average without a single update is the weights themselves; an SWA without snapshot is the EMA.
-        raw, average = {name: p.detach() for name, p in self.live.items()}, self.settings.average
-        found = {"raw": raw, "ema": self.ema or raw, "swa": self.swa or self.ema or raw}
+        """Return the weights to export by name, all under AVERAGE=best; for an empty average its source."""
+        average, ema = self.settings.average, self.ema or self.live
+        found = {"raw": self.live, "ema": ema, "swa": self.swa or ema}
         if average == "mean":
-            return {"mean": {name: (found["ema"][name] + found["swa"][name]) / 2 for name in raw}}
+            return {"mean": {name: (weight + found["swa"][name]) / 2 for name, weight in ema.items()}}
         return found if average == "best" else {average: found[average]}
 
     def moved(self, weights: dict[str, Tensor]) -> float:
         """Return |weights - live weights| / |live weights| over all parameters."""
-        pairs = [(value.double(), self.live[name].detach().double()) for name, value in weights.items()]
+        pairs = [(value.double(), self.live[name].double()) for name, value in weights.items()]
         change = sum(float((value - live).square().sum()) for value, live in pairs)
         return math.sqrt(change / sum(float(live.square().sum()) for _, live in pairs))
 

@@ -35,8 +35,8 @@ The last line of every complete run:
 
 Units: logarithms are natural inside (nats), base 2 in reports (bits per byte of raw UTF-8 text); sizes are
 bytes, 1 MB = 1,000,000 bytes. Training runs in the precision of the hardware, accounting in float64.
-Exit codes: 0 done, 2 setting, 3 artifact over the limit, 4 audit, 5 bad input file or data, 6 non-finite loss,
-130 and 143 interrupted by SIGINT and SIGTERM.
+Exit codes: 0 done, 2 setting, 3 artifact over the limit, 4 score not proven, 5 bad input file or data,
+6 non-finite loss, 130 and 143 interrupted by SIGINT and SIGTERM.
 """
 
 from __future__ import annotations
@@ -1880,7 +1880,7 @@ class Ledger:
             raise NonFiniteError(f"the score is {nats} nats; the artifact's weights are unusable, train anew")
         if self.bytes == 0:
             raise DataError("the validation targets have no bytes; set TOKENIZER_PATH to the shards' own")
-        return Score(nats / total, bits_per_byte(nats, self.bytes), total, self.bytes)
+        return Score(nats / total, bits_per_byte(nats, self.bytes), int(prices), self.bytes)
 
 
 def account(chunks: Iterable[ScoredChunk], dataset: Dataset, process: Process) -> Score:
@@ -2858,8 +2858,8 @@ def audit_spans(scorer, decoder, tokens: np.ndarray, prices: np.ndarray, spans) 
     """Return condition -> [deviation, tolerance], and the receipt of each span: its targets, coded.
 
     `prices` (N,) in nats are what the ledger took in. Both scorers are seen through `predict` alone."""
-    found = dict.fromkeys(("normalised", "fast is slow", "decodes", "coded size"), 0.0)
-    coded = []
+    tolerances = {"normalised": 1e-9, "fast is slow": 1e-5, "decodes": 0.0, "coded size": 0.0}
+    found, coded = {name: [0.0, most] for name, most in tolerances.items()}, []
     for targets in spans:
         data, seen = encode_targets(scorer, tokens, targets)
         ledger_bits = -float(prices[targets].sum()) / math.log(2)
@@ -2873,11 +2873,10 @@ def audit_spans(scorer, decoder, tokens: np.ndarray, prices: np.ndarray, spans) 
             float((decoded != tokens).sum()),
             max(excess, 0.0),
         )
-        found = {name: max(found[name], value) for name, value in zip(found, values, strict=True)}
+        for entry, value in zip(found.values(), values, strict=True):
+            entry[0] = max(entry[0], value)
         coded.append(data)
-    tolerances = (1e-9, 1e-5, 0.0, 0.0)
-    checked = {name: [found[name], most] for name, most in zip(found, tolerances, strict=True)}
-    return checked | {"coverage": [deviation(prices, prices[: len(tokens) - 1]), 0.0]}, coded
+    return found, coded
 
 
 def audit_scorer(scorer, decoder, tokens: np.ndarray, prices: np.ndarray, spans) -> tuple[dict, list[bytes]]:
@@ -2911,24 +2910,24 @@ def audit_recorded(settings: Settings) -> dict[str, list[float]]:
 
     It holds tokens (N + 1,), prices (N,) in nats and bytes (N,) of all targets, val_bpb (), and, of some
     targets (M,), counted from 0 and ascending, logp (M, V)."""
+    tokenizer = Tokenizer.load(Path(settings.tokenizer_path))
     try:
         with np.load(settings.audit_target) as file:
             names = ("tokens", "prices", "bytes", "targets", "logp", "val_bpb")
             tokens, prices, size, targets, logp, val_bpb = (file[name] for name in names)
-        recorded = Recorded(targets, logp)
+        total, recorded = len(tokens) - 1, Recorded(targets, logp)
+        covered = prices.shape == size.shape == (total,)
+        require(covered, f"prices and bytes are not {total} each, as many as tokens less one")
+        require(len(targets) > 0, "it records the distribution of no target")
         found, _ = audit_spans(recorded, recorded, tokens, prices, [targets])
-    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"AUDIT_TARGET={settings.audit_target}: {error}; the README describes the file"
-        ) from error
+        tables = [tokenizer.byte_table(exact).lengths(tokens[:-1], tokens[1:]) for exact in (True, False)]
+        bits = -prices.astype(np.float64).sum() / math.log(2)
+        found["ledger"] = [abs(float(bits / size.sum() - val_bpb)), 1e-6]
+    except (*ARTIFACT_FAULTS, OSError, EOFError, IndexError, zipfile.BadZipFile) as error:
+        text = f"AUDIT_TARGET={settings.audit_target}: {error}; the README describes the file"
+        raise DataError(text) from error
     found["normalised"][1] = 1e-6  # of rows in float32
-    tokenizer = Tokenizer.load(Path(settings.tokenizer_path))
-    tables = [tokenizer.byte_table(exact).lengths(tokens[:-1], tokens[1:]).sum() for exact in (True, False)]
-    found["bytes"] = [float(min(abs(int(size.sum()) - int(table)) for table in tables)), 0.0]
-    found["ledger"] = [
-        abs(bits_per_byte(-prices.astype(np.float64).sum(), size.sum()) - float(val_bpb)),
-        1e-6,
-    ]
+    found["bytes"] = [float(min(abs(int(size.sum()) - int(table.sum())) for table in tables)), 0.0]
     return found
 
 
@@ -2960,24 +2959,36 @@ def audit_data(dataset: Dataset, score: Score, folder: Path) -> dict[str, list[f
     return found | {"bytes": [float(abs(size - score.bytes)), 0.0]}
 
 
-def audit_report(found: dict[str, list[float]], run_dir: Path, log: Log, clock: Clock, **more) -> str:
+def audit_report(found: dict[str, list[float]], log: Log, clock: Clock, **more: object) -> str:
     """Write audit.json; return the conditions that are broken, as text."""
     broken = [name for name, (value, most) in found.items() if not value <= most]
-    conditions = {n: {"deviation": value, "tolerance": most} for n, (value, most) in found.items()}
+    conditions = {  # JSON knows no infinity
+        name: {"deviation": value if math.isfinite(value) else None, "tolerance": most}
+        for name, (value, most) in found.items()
+    }
     clock.stop()
     seconds = clock.total_ms / 1000
     report = {"passed": not broken, "broken": broken, "seconds": seconds, "conditions": conditions, **more}
-    write_atomically(run_dir / "audit.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_atomically(log.folder / "audit.json", (json.dumps(report, indent=2) + "\n").encode())
     verdict = f"broken: {', '.join(broken)}" if broken else "all hold"
-    log.event("audit", f"audit: {len(found)} conditions, {verdict} seconds:{seconds:.1f}", **report)
+    measured = ", ".join(f"{name} {value:.2g}" for name, (value, _) in found.items())
+    log.event("audit", f"audit: {verdict} ({measured}) seconds:{seconds:.1f}", **report)
     return ", ".join(f"{name} is off by {found[name][0]:.3g} (at most {found[name][1]:g})" for name in broken)
 
 
-def audit_run(scorer: Scorer, scored: Scored, score: Score, path: Path, dataset: Dataset, log: Log) -> str:
+def batches_sha256(batches: Iterable[Tensor]) -> str:
+    """Return the SHA-256 of some batches of tokens."""
+    return hashlib.sha256(b"".join(batch.numpy().tobytes() for batch in batches)).hexdigest()
+
+
+def audit_run(
+    scorer: Scorer, scored: Scored, score: Score, path: Path, dataset: Dataset, log: Log, trained: dict
+) -> str:
     """Prove on the artifact at `path` that `score` is a code length; return what is broken, "" if nothing is.
 
     Writes audit.json and receipt.bin beside each other. Two fresh scorers of the file on disk take the parts
-    of encoder and decoder; of the run they get the neural prices of targets before the late span alone."""
+    of encoder and decoder; of the run they get the neural prices of targets before the late span alone.
+    `trained`: how many steps, and the hash of the held-out batches that weights were chosen on."""
     s, tokens, clock = scorer.settings, dataset.val_tokens, Clock(scorer.process)
     clock.start()
     artifact, alone = read_artifact(path), Process(0, 1, scorer.process.device)
@@ -2986,7 +2997,9 @@ def audit_run(scorer: Scorer, scored: Scored, score: Score, path: Path, dataset:
     begins = [begin for begin, _ in plan_chunks(total, s.cache_chunk_tokens)]
     border = next((b for b in begins if b >= 2 * total // 3 + LATE_TARGETS // 2), total)
     late = max(border - LATE_TARGETS // 2, min(HEAD_TARGETS, total))
-    spans = [range(min(HEAD_TARGETS, total)), range(late, min(late + LATE_TARGETS, total))]
+    spans = [range(min(HEAD_TARGETS, total)), range(late, min(late + LATE_TARGETS, total))][
+        : 1 + (late < total)
+    ]
     spread = [range(b, b + 1) for b in begins[:: len(begins) // AUDIT_SPREAD + 1] if b < late]
 
     def fresh(logits=None, table=None, **changes: object) -> Scorer:
@@ -3000,15 +3013,22 @@ def audit_run(scorer: Scorer, scored: Scored, score: Score, path: Path, dataset:
     closed, neural = (fresh(**change).prices(head) for change in ({"cache_lr": 0.0}, {"ngram_cache": "none"}))
     found["gate closed"] = [deviation(closed, neural), 0.0]
     found["uniform"] = [deviation(flat.prices(head), uniform), 1e-6]
-    found["ledger"] = [abs(score.val_loss + float(prices.astype(np.float64).sum()) / score.tokens), 1e-6]
-    found["artifact"] = [float(file_sha256(path) != artifact.sha256), 0.0]
+    found["coverage"] = [float(abs(score.tokens - total)), 0.0]
+    bits = -prices.astype(np.float64).sum() / math.log(2)
+    found["ledger"] = [abs(score.val_bpb - bits / score.bytes), 1e-6]
+    used = {name: weight.cpu().numpy() for name, weight in scorer.model.state_dict().items()}
+    found["artifact"] = [max(deviation(used[n], w.numpy()) for n, w in artifact.weights.items()), 0.0]
+    if dataset.stream:
+        slots = range(0, s.micro_batch_slots, scorer.process.world_size)
+        held_out = batches_sha256(dataset.stream.batch(trained["steps"], slot) for slot in slots)
+        found["selection"] = [float(trained["held_out_sha256"] != held_out), 0.0]
     found |= audit_data(dataset, score, Path(s.data_path))
     write_atomically(log.folder / "receipt.bin", b"".join(coded[: len(spans)]))
     sizes = [
         {"first": span.start, "targets": len(span), "bytes": len(data)}
         for span, data in zip(spans, coded, strict=False)
     ]
-    return audit_report(found, log.folder, log, clock, receipt=sizes)
+    return audit_report(found, log, clock, receipt=sizes)
 
 
 def run_codec(settings: Settings, process: Process, artifact: Artifact) -> None:
@@ -3099,8 +3119,10 @@ def warm_up(model: GPT, losses, stream: TokenStream, settings: Settings, process
         torch._foreach_copy_(list(model.parameters()), saved)
 
 
-def choose_weights(averages: Averages, model: GPT, batches: list, process: Process, log: Log) -> dict:
-    """Return the candidate of least loss on `batches`: training tokens after the last step's, never val."""
+def choose_weights(averages: Averages, model: GPT, batches: list, process: Process, log: Log) -> tuple:
+    """Return the candidate of least loss on `batches`, and their hash.
+
+    They are training tokens after the last step's, never validation tokens."""
     candidates, losses = averages.candidates(), {}
     for name, weights in candidates.items() if len(candidates) > 1 else ():
         total = torch.zeros((), dtype=torch.float64, device=process.device)
@@ -3114,7 +3136,8 @@ def choose_weights(averages: Averages, model: GPT, batches: list, process: Proce
     numbers["moved"] = averages.moved(candidates[chosen])
     line = " ".join(f"{name}:{value:.6g}" for name, value in numbers.items())
     log.event("average", f"average:{chosen} {line} of the weights", average=chosen, **numbers)
-    return {name: weight for name, weight in candidates[chosen].items() if not name.startswith("mtp_heads.")}
+    kept = {name: weight for name, weight in candidates[chosen].items() if not name.startswith("mtp_heads.")}
+    return kept, batches_sha256(batches)
 
 
 def count_oracle(oracle: PseudoOracle, stream: TokenStream, clock: Clock, log: Log) -> float:
@@ -3177,8 +3200,9 @@ def train(
     bar.close()
     if step < total:
         log.line(f"stopping_early: wallclock_cap train_time:{clock.total_ms:.0f}ms step:{step}/{total}")
-    weights = choose_weights(averages, model, batches, process, log)
+    weights, held_out = choose_weights(averages, model, batches, process, log)
     numbers = {"steps": step, "train_seconds": clock.total_ms / 1000, "train_loss": watch.last_good}
+    numbers["held_out_sha256"] = held_out
     return weights, numbers | {f"training_{name}": value for name, value in validation.items()}
 
 
@@ -3264,6 +3288,7 @@ def evaluate(
     log: Log,
     compiled: bool,
     path: Path,
+    trained: dict,
 ) -> dict[str, object]:
     """Score the validation split with a fresh model of the artifact's weights; return the final numbers."""
     clock = Clock(process)
@@ -3274,7 +3299,7 @@ def evaluate(
     scored, score, final = score_final(scorer, dataset, log, clock)
     reference = {"xz_bpb": xz_bits_per_byte(dataset, log)} if process.is_main else {}
     if settings.audit and process.is_main:
-        reference["audit"] = audit_run(scorer, scored, score, path, dataset, log)
+        reference["audit"] = audit_run(scorer, scored, score, path, dataset, log, trained)
     process.agree(0.0, None)
     return {**final, "eval_seconds": clock.total_ms / 1000, **reference}
 
@@ -3317,6 +3342,10 @@ def run(
 ) -> dict[str, object]:
     """Do the whole run, or score `artifact` if there is one; return all final numbers. Raises RunError."""
     script_sha256 = log_start(settings, process, log)
+    if settings.audit_target:
+        clock = Clock(process)
+        clock.start()
+        return {"audit": audit_report(audit_recorded(settings), log, clock)}
     path = Path(settings.eval_only) if settings.eval_only else run_dir / "artifact.bin"
     dataset = load_dataset(settings, artifact.tokenizer if artifact else None)
     log_data(settings, dataset, log)
@@ -3341,7 +3370,7 @@ def run(
     sizes = {"artifact_bytes": artifact.size, "code_bytes": code, "total_bytes": artifact.size + code}
     line = f"weights:{artifact.size} code:{code} total:{sizes['total_bytes']} limit:{limit} bytes"
     log.event("artifact", f"artifact:{path} {line}", **sizes)
-    final = evaluate(artifact, dataset, settings, process, log, compiled, path)
+    final = evaluate(artifact, dataset, settings, process, log, compiled, path, numbers)
     hashes = {**dataset.hashes, "artifact_sha256": artifact.sha256, "script_sha256": script_sha256}
     result = {**final, **numbers, **sizes, "hashes": hashes}
     seconds = f"train_seconds:{result['train_seconds']:.1f} eval_seconds:{result['eval_seconds']:.1f}"
@@ -3371,7 +3400,7 @@ def run_and_record(settings: Settings, process: Process, notes: list[str], artif
     if settings.eval_only and Path(settings.eval_only).resolve().parent == run_dir.resolve():
         raise SettingError(f"RUN_DIR={run_dir} holds the artifact's own run; name another folder")
     log = Log(process, run_dir)
-    for name in ("result.json", "artifact.bin") if process.is_main else ():
+    for name in ("result.json", "artifact.bin", "audit.json", "receipt.bin") if process.is_main else ():
         (run_dir / name).unlink(missing_ok=True)
     for note in notes:
         log.line(note)
@@ -3379,7 +3408,7 @@ def run_and_record(settings: Settings, process: Process, notes: list[str], artif
     record |= {"seed": settings.seed, "world_size": process.world_size, "settings": settings.changed()}
     try:
         record |= run(settings, process, run_dir, log, artifact)
-        if (total := record["total_bytes"]) > (limit := settings.artifact_limit_bytes):
+        if (total := record.get("total_bytes", 0)) > (limit := settings.artifact_limit_bytes):
             text = f"{total} bytes of code and weights, over ARTIFACT_LIMIT_BYTES={limit}"
             raise SizeError(f"{text}; shrink it")
         if broken := record.get("audit"):

@@ -388,7 +388,8 @@ def test_the_model_that_is_scored_comes_from_the_artifact_alone(env, process):
     dataset = train_gpt.load_dataset(settings)
     other = train_gpt.Settings.from_env({**env, "NUM_LAYERS": "2", "ROPE_BASE": "50", "LOGIT_SOFTCAP": "3"})
     log = train_gpt.Log(train_gpt.Process(1, 2, process.device), Path("unused"))
-    scores = [train_gpt.evaluate(artifact, dataset, s, process, log, False) for s in (settings, other)]
+    inputs = (process, log, False, Path("unused"), {})
+    scores = [train_gpt.evaluate(artifact, dataset, s, *inputs) for s in (settings, other)]
     assert scores[0]["val_loss"] == scores[1]["val_loss"] == result_of(env)["val_loss"]
 
 

@@ -2961,11 +2961,10 @@ def audit_data(dataset: Dataset, score: Score, folder: Path) -> dict[str, list[f
 
 def audit_report(found: dict[str, list[float]], log: Log, clock: Clock, **more: object) -> str:
     """Write audit.json; return the conditions that are broken, as text."""
-    broken = [name for name, (value, most) in found.items() if not value <= most]
-    conditions = {  # JSON knows no infinity
-        name: {"deviation": value if math.isfinite(value) else None, "tolerance": most}
-        for name, (value, most) in found.items()
-    }
+    # JSON knows no infinity; what is no number counts as the largest.
+    found = {name: (min(sys.float_info.max, value), most) for name, (value, most) in found.items()}
+    broken = [name for name, (value, most) in found.items() if value > most]
+    conditions = {n: {"deviation": value, "tolerance": most} for n, (value, most) in found.items()}
     clock.stop()
     seconds = clock.total_ms / 1000
     report = {"passed": not broken, "broken": broken, "seconds": seconds, "conditions": conditions, **more}
@@ -2997,9 +2996,8 @@ def audit_run(
     begins = [begin for begin, _ in plan_chunks(total, s.cache_chunk_tokens)]
     border = next((b for b in begins if b >= 2 * total // 3 + LATE_TARGETS // 2), total)
     late = max(border - LATE_TARGETS // 2, min(HEAD_TARGETS, total))
-    spans = [range(min(HEAD_TARGETS, total)), range(late, min(late + LATE_TARGETS, total))][
-        : 1 + (late < total)
-    ]
+    spans = [range(min(HEAD_TARGETS, total)), range(late, min(late + LATE_TARGETS, total))]
+    spans = [span for span in spans if span]
     spread = [range(b, b + 1) for b in begins[:: len(begins) // AUDIT_SPREAD + 1] if b < late]
 
     def fresh(logits=None, table=None, **changes: object) -> Scorer:
@@ -3024,11 +3022,9 @@ def audit_run(
         found["selection"] = [float(trained["held_out_sha256"] != held_out), 0.0]
     found |= audit_data(dataset, score, Path(s.data_path))
     write_atomically(log.folder / "receipt.bin", b"".join(coded[: len(spans)]))
-    sizes = [
-        {"first": span.start, "targets": len(span), "bytes": len(data)}
-        for span, data in zip(spans, coded, strict=False)
-    ]
-    return audit_report(found, log, clock, receipt=sizes)
+    pairs = zip(spans, coded, strict=False)
+    receipt = [{"first": span[0], "targets": len(span), "bytes": len(data)} for span, data in pairs]
+    return audit_report(found, log, clock, receipt=receipt)
 
 
 def run_codec(settings: Settings, process: Process, artifact: Artifact) -> None:
@@ -3120,7 +3116,7 @@ def warm_up(model: GPT, losses, stream: TokenStream, settings: Settings, process
 
 
 def choose_weights(averages: Averages, model: GPT, batches: list, process: Process, log: Log) -> tuple:
-    """Return the candidate of least loss on `batches`, and their hash.
+    """Return the candidate of least loss on `batches`, and their hash as a number of the run.
 
     They are training tokens after the last step's, never validation tokens."""
     candidates, losses = averages.candidates(), {}
@@ -3137,7 +3133,7 @@ def choose_weights(averages: Averages, model: GPT, batches: list, process: Proce
     line = " ".join(f"{name}:{value:.6g}" for name, value in numbers.items())
     log.event("average", f"average:{chosen} {line} of the weights", average=chosen, **numbers)
     kept = {name: weight for name, weight in candidates[chosen].items() if not name.startswith("mtp_heads.")}
-    return kept, batches_sha256(batches)
+    return kept, {"held_out_sha256": batches_sha256(batches)}
 
 
 def count_oracle(oracle: PseudoOracle, stream: TokenStream, clock: Clock, log: Log) -> float:
@@ -3200,9 +3196,8 @@ def train(
     bar.close()
     if step < total:
         log.line(f"stopping_early: wallclock_cap train_time:{clock.total_ms:.0f}ms step:{step}/{total}")
-    weights, held_out = choose_weights(averages, model, batches, process, log)
-    numbers = {"steps": step, "train_seconds": clock.total_ms / 1000, "train_loss": watch.last_good}
-    numbers["held_out_sha256"] = held_out
+    weights, numbers = choose_weights(averages, model, batches, process, log)
+    numbers |= {"steps": step, "train_seconds": clock.total_ms / 1000, "train_loss": watch.last_good}
     return weights, numbers | {f"training_{name}": value for name, value in validation.items()}
 
 

@@ -452,8 +452,9 @@ def test_two_ranks_choose_as_one(env, tmp_path):
     env |= {"QAT_START": "scale:0.9", "MATRIX_BITS": "5", "BIGRAM_VOCAB_SIZE": "50"}
     one, two = ({**env, "RUN_DIR": str(tmp_path / name)} for name in ("one", "two"))
     assert main(one) == 0
-    done = torchrun(2, "train_gpt.py", env=two)
+    done = torchrun(2, "train_gpt.py", env={**two, "AUDIT": "1"})
     assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "two" / "audit.json").read_text())["conditions"]["selection"]
     (first,), (second,) = metrics_of(one, "average"), metrics_of(two, "average")
     assert first["average"] == second["average"]
     for name, value in first.items():

@@ -2,10 +2,6 @@
 
 One file, read from top to bottom; every section uses only what stands above it.
 
-    environment -> Settings -> shards -> GPT.logits -> Optimizers -> Averages -> artifact.bin --(disk)--> GPT
-                                                                                                           |
-             result.json <- Ledger (nats, tokens, bytes) <- mix_prices <- ScoredChunk <--------------------+
-
     section                        comes in                  goes out
     1  SETTINGS                    environment mapping       Settings, frozen and checked
     2  PROCESS AND LOG             Settings, torchrun        Process (rank, device), Log, Clock
@@ -22,7 +18,6 @@ One file, read from top to bottom; every section uses only what stands above it.
     13  RUN                        all of the above          run folder, exit code
 
 Launch:
-
     make run                                                      two CPU cores, a few minutes
     torchrun --standalone --nproc_per_node=8 train_gpt.py         8 GPUs, the contest's baseline
     SEED=2 MATRIX_LR=0.03 torchrun ... train_gpt.py               every setting is an environment variable
@@ -30,13 +25,12 @@ Launch:
     CODEC=compress ARTIFACT=<artifact> INPUT=<file> OUTPUT=<file> python train_gpt.py
 
 The last line of every complete run:
-
     final val_bpb:<8 decimals> val_loss:<8 decimals> artifact_bytes:<n> train_seconds:<s> eval_seconds:<s>
 
 Units: logarithms are natural inside (nats), base 2 in reports (bits per byte of raw UTF-8 text); sizes are
 bytes, 1 MB = 1,000,000 bytes. Training runs in the precision of the hardware, accounting in float64.
-Exit codes: 0 done, 2 setting, 3 artifact over the limit, 4 score not proven, 5 bad input file or data,
-6 non-finite loss, 130 and 143 interrupted by SIGINT and SIGTERM.
+Exit codes: 0 done, 2 setting, 3 artifact over the limit, 4 audit failed, 5 bad input file or data, 6 loss not
+finite, 130 and 143 interrupted by SIGINT and SIGTERM.
 """
 
 from __future__ import annotations
@@ -126,10 +120,9 @@ RECIPES = {
     # Two CPU cores, two minutes on the standard library's source; records/README.md says what was tried.
     "cpu": """DATA_PATH=./data/datasets/stdlib TOKENIZER_PATH=./data/datasets/stdlib/tokenizer.model
         VOCAB_SIZE=4000 NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=2 NUM_KV_HEADS=2 LOGIT_SOFTCAP=0
-        ITERATIONS=100000 MAX_WALLCLOCK_SECONDS=120 WARMUP_STEPS=2 WARMDOWN_ITERS=320
-        TRAIN_BATCH_TOKENS=4096 TRAIN_SEQ_LEN=256 MICRO_BATCH_SLOTS=2 DATA_LANES=32
-        TIED_EMBED_LR=0.02 MATRIX_LR=0.02 SCALAR_LR=0.02 MUON_MOMENTUM=0.85 EMA_DECAY=0.98
-        TRAIN_LOG_EVERY=10 VAL_LOSS_EVERY=0 VAL_BATCH_SIZE=8192""",
+        ITERATIONS=100000 MAX_WALLCLOCK_SECONDS=120 WARMUP_STEPS=2 WARMDOWN_ITERS=320 TRAIN_BATCH_TOKENS=4096
+        TRAIN_SEQ_LEN=256 MICRO_BATCH_SLOTS=2 DATA_LANES=32 TIED_EMBED_LR=0.02 MATRIX_LR=0.02 SCALAR_LR=0.02
+        MUON_MOMENTUM=0.85 EMA_DECAY=0.98 TRAIN_LOG_EVERY=10 VAL_LOSS_EVERY=0 VAL_BATCH_SIZE=8192""",
     # Seconds, for tests: every stage runs, nothing is learned worth having.
     "smoke": """VOCAB_SIZE=384 NUM_LAYERS=3 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2
         ITERATIONS=4 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=1 WARMDOWN_ITERS=2
@@ -137,10 +130,9 @@ RECIPES = {
         TRAIN_LOG_EVERY=2 VAL_LOSS_EVERY=2 VAL_BATCH_SIZE=1024 EVAL_STRIDE=8 EMA_DECAY=0.8""",
     # The five reference submissions, by pull request of openai/parameter-golf: what their code does, not what
     # their READMEs say (779's, 834's: value residual, gated attention). Repaired where the code never acted:
-    # quantization-aware training (its switch folded away, or no weight passed through) uses the exporter's
-    # quantizer and reaches the embeddings; SWA, collected and dropped by 890, 779, 834, may be exported.
-    # Weights are chosen on held-out training tokens (864: validation text), the clipped norm is global (864:
-    # local), gains are stored as float32 (890, 779, 834: float16), percentiles searched per row.
+    # quantization-aware training uses the exporter's quantizer and reaches the embeddings; SWA, collected and
+    # dropped by 890, 779, 834, may be exported. Weights are chosen on held-out training tokens (864:
+    # validation text), the clipped norm is global (864: local), gains are float32 (890, 779, 834: float16).
     "pr890": f"{WIDE} BIGRAM_VOCAB_SIZE=4096 EVAL_STRIDE=32 PSEUDO=pr890",
     "pr810": f"""{REFERENCE} NUM_LAYERS=10 MLP_MULT=3 SMEAR_GATE=twentieth BIGRAM_VOCAB_SIZE=2048
         BIGRAM_HASH=linear XSA_LAST_N=4 PRE_ENRICH_DIM=768 UNET_LONGER_HALF=encoder EMBED_INIT=overtone
@@ -155,40 +147,27 @@ RECIPES = {
         MATRIX_BITS=6 LOOKUP_BITS=6 EMBED_BITS=16 PSEUDO=pr864""",
 }
 
-# Names of other submissions: those that a setting here stands for, old:new; the rest by what to do instead.
+# Names of other submissions: those that a setting here stands for, old:new, and those that none does.
 RENAMED = """LEAKY_RELU:MLP_ACTIVATION MLP_MULT_ENCODER:MLP_MULT MLP_MULT_DECODER:MLP_MULT SWA_ENABLED:AVERAGE
     VE_ENABLED:VE_LAYERS USE_BIGRAMHASH:BIGRAM_VOCAB_SIZE USE_SMEARGATE:SMEAR_GATE INT6_LAST_N:MATRIX_BITS
     USE_VALUE_RESIDUAL:VALUE_RESIDUAL USE_GATED_ATTENTION:GATED_ATTN SWA_START_FRAC:SWA_START_SCALE
     QAT_ENABLED:QAT_START LATE_QAT_THRESHOLD:QAT_START USE_LATE_QAT:QAT_START QAT_TIME_FRAC:QAT_START
     NGRAM_ORDER:NGRAM_MAX_ORDER NGRAM_ENT_BASE:NGRAM_ALPHA_MIN NGRAM_ENABLED:PSEUDO NGRAM_EVAL:PSEUDO
-    USE_MIXER:PSEUDO MIXER_HEAD:GATE_HEAD"""
-RULES_OWN = "NGRAM_MIN_ORDER NGRAM_ENT_SCALE NGRAM_ENT_THRESH NGRAM_ENTROPY_CENTER NGRAM_ENTROPY_SCALE"
-REMEDIES = {
-    "set EMA_DECAY, 0 switches the average off": "USE_EMA",
-    "set EVAL_ONLY to an artifact": "TTT_ONLY",
-    "set EVAL_STRIDE to the window length for a fast score": "SKIP_SLIDING",
-    "choose a RECIPE": "RUN_CONFIG",
-    "set MUON_WD for matrices, ADAM_WD for the rest": "WEIGHT_DECAY",
-    "set MICRO_BATCH_SLOTS, the ranks share its slots": "GRAD_ACCUM_STEPS",
-    "set NGRAM_ALPHA_MIN and NGRAM_ALPHA_MAX to it": "NGRAM_ALPHA",
-    "set NGRAM_ALPHA_MAX to base plus range": "NGRAM_ENT_RANGE",
-    "parameter_role decides, unset it": "CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS",
-    "nothing ever read it, unset it": "MUON_BETA2 MIXER_ETA PPM_ALPHA USE_CACHE CACHE_ALPHA",
-    "no target is priced twice, unset it": "NGRAM_TWO_PASS NGRAM_RESCORE_CHUNKS",
-    "each rule of PSEUDO has its own, unset it": RULES_OWN,
-}
-REFUSED_NAMES = {name: remedy for remedy, names in REMEDIES.items() for name in names.split()}
-REFUSED_NAMES |= {old: f"set {new}" for old, new in (pair.split(":") for pair in RENAMED.split())}
-
+    USE_MIXER:PSEUDO MIXER_HEAD:GATE_HEAD USE_EMA:EMA_DECAY TTT_ONLY:EVAL_ONLY SKIP_SLIDING:EVAL_STRIDE
+    RUN_CONFIG:RECIPE WEIGHT_DECAY:MUON_WD+ADAM_WD GRAD_ACCUM_STEPS:MICRO_BATCH_SLOTS
+    NGRAM_ALPHA:NGRAM_ALPHA_MIN+NGRAM_ALPHA_MAX NGRAM_ENT_RANGE:NGRAM_ALPHA_MAX"""
+UNREAD = """CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS MUON_BETA2 MIXER_ETA PPM_ALPHA
+    USE_CACHE CACHE_ALPHA NGRAM_TWO_PASS NGRAM_RESCORE_CHUNKS NGRAM_MIN_ORDER NGRAM_ENT_SCALE NGRAM_ENT_THRESH
+    NGRAM_ENTROPY_CENTER NGRAM_ENTROPY_SCALE"""
+REFUSED_NAMES = {old: f"set {new}" for old, new in (pair.split(":") for pair in RENAMED.split())}
+REFUSED_NAMES |= dict.fromkeys(UNREAD.split(), "nothing would read it, unset it")
 # Variables of other tools whose names come close to a setting's.
 OTHER_TOOLS = {"COMPILER", "MODEL_DIR", "DATASET_PATH", "OMP_NUM_THREADS"}
 
 
 def setting(default, doc: str, low=None, high=None, choices=None, stored: str = ""):
-    """Return a dataclass field with its rule: inclusive range, allowed values, and what artifacts store.
-
-    `stored` is "shape" where the weights depend on the value (it cannot differ from the artifact's) and
-    "scoring" where only the printed score does (the artifact's value is a default)."""
+    """Return a dataclass field with its rule: inclusive range, allowed values, and what artifacts store:
+    "shape" where the weights depend on it (it cannot differ), "scoring" where the score does (a default)."""
     rule = {"doc": doc, "low": low, "high": high, "choices": choices, "stored": stored}
     return dataclasses.field(default=default, metadata=rule)
 
@@ -207,8 +186,8 @@ def parse_setting(field: dataclasses.Field, text: str):
     with contextlib.suppress(ValueError, KeyError, OverflowError):
         if math.isfinite(value := convert(text)):
             return value
-    text = f"{field.name.upper()}={text!r} is not {rules[field.type]}"
-    raise SettingError(f"{text}; the default is {field.default} ({field.metadata['doc']})")
+    name = field.name.upper()
+    raise SettingError(f"{name}={text!r} is not {rules[field.type]}; the default is {field.default}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,9 +309,7 @@ class Settings:
     # exact n-gram cache
     ngram_cache: str = choice("exact none", "cache that the final score mixes in", "scoring")
     cache_max_order: int = setting(16, "longest n-gram of the cache", 2, 64, stored="scoring")
-    cache_document_order: int = setting(
-        4, "longest counted per document too; 0: none", 0, 64, stored="scoring"
-    )
+    cache_document_order: int = setting(4, "longest per document too; 0: none", 0, 64, stored="scoring")
     cache_chunk_tokens: int = setting(512, "targets between updates of the gate", 1, 2**20, stored="scoring")
     cache_hidden: int = setting(32, "hidden units of the gate", 1, 4_096, stored="scoring")
     cache_steps: int = setting(2, "Adam steps on each priced chunk", 1, 100, stored="scoring")
@@ -341,7 +318,6 @@ class Settings:
     @classmethod
     def from_env(cls, mapping: Mapping[str, str], stored: Mapping[str, object] | None = None) -> Settings:
         """Return the settings that `mapping` (variable -> text) asks for; `stored` are an artifact's values.
-
         Raises SettingError naming variable, value, rule and remedy. Pure: looks at its arguments only."""
         fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
         for name in sorted(mapping.keys() - fields.keys() - OTHER_TOOLS):
@@ -350,48 +326,43 @@ class Settings:
                 raise SettingError(f"{text} here: {REFUSED_NAMES[name]}")
             if name.isupper() and (close := difflib.get_close_matches(name, sorted(fields), 1, 0.85)):
                 raise SettingError(f"{text}; rename it to {close[0]} or unset it")
-        by_hand = {name: parse_setting(fields[name], mapping[name]) for name in fields if name in mapping}
-        recipe = RECIPES.get(by_hand.get("RECIPE", fields["RECIPE"].default), "")
-        row = dict(pair.split("=", 1) for pair in recipe.split())
-        values = {name: parse_setting(fields[name], text) for name, text in row.items()}
-        values |= {name.upper(): value for name, value in (stored or {}).items()}
-        for name in (field.upper() for field in stored or ()):
-            value, hand = values[name], by_hand.get(name, values[name])
-            if fields[name].metadata["stored"] == "shape" and hand != value:
+
+        def parse(texts: Mapping[str, str]) -> dict[str, object]:
+            return {f.name: parse_setting(f, texts[name]) for name, f in fields.items() if name in texts}
+
+        by_hand, stored = parse(mapping), stored or {}
+        row = RECIPES.get(by_hand.get("recipe", cls.recipe), "").split()
+        for name, field in fields.items():
+            hand, value = by_hand.get(field.name), stored.get(field.name)
+            if field.metadata["stored"] == "shape" and None not in (hand, value) and hand != value:
                 raise SettingError(f"{name}={hand!r} contradicts the artifact's {value!r}; unset {name}")
-        return cls(**{name.lower(): value for name, value in (values | by_hand).items()})
+        return cls(**{**parse(dict(pair.split("=", 1) for pair in row)), **stored, **by_hand})
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            name, value, rule, remedy = field.name.upper(), getattr(self, field.name), field.metadata, ""
-            if rule["choices"] and value not in rule["choices"]:
-                remedy = f"choose one of {', '.join(map(str, rule['choices']))}"
-            elif rule["low"] is not None and not value >= rule["low"]:
-                remedy = f"raise it to {rule['low']} at least"
-            elif rule["high"] is not None and not value <= rule["high"]:
-                remedy = f"lower it to {rule['high']} at most"
-            if remedy:
-                raise SettingError(f"{name}={value!r} is not allowed ({rule['doc']}): {remedy}")
-        s, row, val_row = (
-            self,
-            self.micro_batch_slots * self.train_seq_len,
-            self.micro_batch_slots * self.window,
-        )
+            value, (doc, low, high, choices, _) = getattr(self, field.name), field.metadata.values()
+            fault = choices and value not in choices and f"choose one of {', '.join(map(str, choices))}"
+            if low is not None and not value >= low:
+                fault = f"raise it to {low} at least"
+            if high is not None and not value <= high:
+                fault = f"lower it to {high} at most"
+            if fault:
+                raise SettingError(f"{field.name.upper()}={value!r} is not allowed ({doc}): {fault}")
+        s, slots = self, self.micro_batch_slots
+        row, val_row = slots * s.train_seq_len, slots * s.window
+        files = ("artifact", "input", "output")
+        missing = s.codec != "none" and not all(getattr(s, name) for name in files)
         ragged = not (s.eval_only or s.artifact) and s.train_batch_tokens % row
-        files = {"ARTIFACT": s.artifact, "INPUT": s.input, "OUTPUT": s.output}
-        missing = ", ".join(name for name in files if s.codec != "none" and not files[name])
-        rotary = s.rope_dims % 2 or s.rope_dims > s.head_dim
+        rotary, last = s.rope_dims % 2 or s.rope_dims > s.head_dim, max(s.value_layers, default=0)
         qat = re.fullmatch(r"off|step0|(scale|time):(0\.\d+|1)", s.qat_start)
         no_ema = not s.ema_decay and (s.average == "mean" or s.swa_source == "ema")
         no_qat = s.qat_start == "off" and (s.soft_round_qat or s.crown_q_lambda)
         power = 1 << s.ngram_buckets.bit_length() >> 1
-        last = max(s.value_layers, default=0)
         gated = s.pseudo == "pr834" or bool(s.eval_only and s.gate_head)
         for name, broken, rule, number in (
-            ("CODEC", missing, "given", missing),
-            ("MODEL_DIM", s.model_dim % s.num_heads, "a multiple of NUM_HEADS", s.num_heads),
+            ("CODEC", missing, "none, or have files", "ARTIFACT, INPUT and OUTPUT"),
+            ("MODEL_DIM", s.model_dim % (2 * s.num_heads), "an even multiple of NUM_HEADS", s.num_heads),
             ("NUM_HEADS", s.num_heads % s.num_kv_heads, "a multiple of NUM_KV_HEADS", s.num_kv_heads),
-            ("MODEL_DIM", s.head_dim % 2, "an even multiple of NUM_HEADS", s.num_heads),
             ("MODEL_DIM", s.head_dim > 512, "at most 512 times NUM_HEADS", s.num_heads),
             ("TRAIN_BATCH_TOKENS", ragged, "a multiple of slots times sequence", row),
             ("VAL_BATCH_SIZE", s.val_batch_size < val_row, "at least MICRO_BATCH_SLOTS windows", val_row),
@@ -432,13 +403,12 @@ class Settings:
 
     def stored_values(self, kinds: tuple[str, ...] = ("shape", "scoring")) -> dict[str, object]:
         """Return what an artifact keeps: the settings its weights or its score depend on."""
-        stored = (field.name for field in dataclasses.fields(self) if field.metadata["stored"] in kinds)
+        stored = [field.name for field in dataclasses.fields(self) if field.metadata["stored"] in kinds]
         return {name: getattr(self, name) for name in stored}
 
     def changed(self) -> dict[str, object]:
         """Return the settings that differ from the defaults, by variable name."""
-        pairs = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
-        return {field.name.upper(): value for field, value in pairs if value != field.default}
+        return {name.upper(): value for name, value in vars(self).items() if value != getattr(Settings, name)}
 
 
 # ============================================================================================================
@@ -482,27 +452,23 @@ class Process:
 
     def start_gather(self, bank: Tensor) -> list:
         """Start filling `bank` with every rank's own slice; wait for the handles."""
-        if self.world_size == 1:
-            return []
-        return [dist.all_gather(list(bank.chunk(self.world_size)), self.own(bank).clone(), async_op=True)]
+        parts = list(bank.chunk(self.world_size))
+        return [dist.all_gather(parts, self.own(bank).clone(), async_op=True)] if len(parts) > 1 else []
+
+    def share(self, value: object) -> list:
+        """Return every rank's `value`, by rank, on every rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def agree(self, elapsed_ms: float, failure: Exception | None) -> float:
         """Return rank 0's `elapsed_ms` on every rank; raise on every rank if any rank brings a `failure`."""
         mine = [elapsed_ms if self.is_main else 0.0, failure is not None]
         agreed_ms, failed = self.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
         if failed:
-            failures = [failure] * self.world_size
-            if self.world_size > 1:
-                dist.all_gather_object(failures, failure)
-            raise next(error for error in failures if error)
+            raise next(error for error in self.share(failure) if error)
         return agreed_ms
-
-    def share(self, text: str) -> str:
-        """Return rank 0's `text` on every rank."""
-        box = [text]
-        if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
 
     def synchronize(self) -> None:
         """Wait until the device has done everything it was given."""
@@ -540,13 +506,11 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(settings.seed)
-    if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
-    try:
+    with contextlib.ExitStack() as stack:
+        if world_size > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+            stack.callback(dist.destroy_process_group)
         yield Process(rank, world_size, device)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 class Log:
@@ -558,10 +522,10 @@ class Log:
             run_dir.mkdir(parents=True, exist_ok=True)
         self.files = [open(run_dir / name, "w", encoding="utf-8", buffering=1) for name in names]
 
-    def line(self, text: str) -> None:
-        """Write `text` to the console and to run.log."""
+    def line(self, text: str, console=None) -> None:
+        """Write `text` to the console (standard output, or another stream) and to run.log."""
         if self.files:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(text, file=console)
             sys.stdout.flush()
             self.files[0].write(text + "\n")
 
@@ -579,10 +543,9 @@ class Log:
         self.event(event, line, step=step, train_time_ms=train_time_ms, **values)
 
     def close(self, error: object = None) -> None:
-        """Write the error that ended the run, if one did (rank 0's console: stderr), and close both files."""
-        if error and self.files:
-            for file in (sys.stderr, self.files[0]):
-                print(f"error: {error}", file=file)
+        """Write the error that ended the run, if one did (console: stderr), and close both files."""
+        if error:
+            self.line(f"error: {error}", sys.stderr)
         for file in self.files:
             file.close()
 
@@ -591,7 +554,7 @@ class Clock:
     """A stopwatch that waits for the device at start and stop: queued work counts where it belongs."""
 
     def __init__(self, process: Process) -> None:
-        self.process, self.total_ms, self.started = process, 0.0, None
+        self.process, self.total_ms, self.started = process, 0.0, math.inf
 
     def start(self) -> None:
         """Start, or go on."""
@@ -601,13 +564,11 @@ class Clock:
     def stop(self) -> None:
         """Stop; time passes uncounted until the next start."""
         self.process.synchronize()
-        self.total_ms = self.read_ms()
-        self.started = None
+        self.total_ms, self.started = self.read_ms(), math.inf
 
     def read_ms(self) -> float:
         """Return the milliseconds counted so far, without waiting for the device."""
-        running = 0.0 if self.started is None else time.perf_counter() - self.started
-        return self.total_ms + 1000.0 * running
+        return self.total_ms + 1000.0 * max(0.0, time.perf_counter() - self.started)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -623,9 +584,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 # ============================================================================================================
 # 3 DATA. In: shard files, a tokenizer, perhaps a manifest.json of data/text.py. Out: `Dataset`: training
-# batches as a pure function of (step, slot), validation tokens, the bytes of each validation target. Every
-# header, length and token id is checked before a token reaches the device. Bytes are those of the raw
-# documents: where a manifest states them, they must be met exactly.
+# batches as a pure function of (step, slot), validation tokens, the bytes of each target: those of the raw
+# documents, which a manifest states. Headers, lengths and token ids are checked before the device sees them.
 # ============================================================================================================
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
@@ -644,21 +604,14 @@ def shards_sha256(paths: list[Path]) -> str:
     return hashlib.sha256("".join(map(file_sha256, paths)).encode()).hexdigest()
 
 
-def shard_header(tokens: int) -> bytes:
-    """Return the 1,024-byte header of a shard of `tokens` tokens: 256 little-endian int32."""
-    return struct.pack("<3i", SHARD_MAGIC, SHARD_VERSION, tokens).ljust(SHARD_HEADER_BYTES, b"\0")
-
-
 def open_shard(path: Path) -> np.ndarray:
     """Return a shard's tokens, memory-mapped uint16; raises DataError naming the file and its fault."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        magic, version, tokens = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
-    expected = SHARD_HEADER_BYTES + 2 * tokens
-    if magic != SHARD_MAGIC:
-        raise DataError(f"{path}: magic number {magic} is not {SHARD_MAGIC}; this is not a token shard")
-    if version != SHARD_VERSION:
-        raise DataError(f"{path}: shard version {version} is not {SHARD_VERSION}; make the shard anew")
+    start = np.fromfile(path, np.uint8, 12).tobytes().ljust(12, b"\0")
+    magic, version, tokens = np.frombuffer(start, "<i4").tolist()
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        rule = f"{SHARD_MAGIC} or shard version {version} is not {SHARD_VERSION}"
+        raise DataError(f"{path}: magic number {magic} is not {rule}; make the shard anew")
+    size, expected = path.stat().st_size, SHARD_HEADER_BYTES + 2 * tokens
     if tokens < 0 or size != expected:
         raise DataError(f"{path}: {size} bytes are not the {expected} of its {tokens} tokens; get it anew")
     # An empty file cannot be mapped.
@@ -667,25 +620,23 @@ def open_shard(path: Path) -> np.ndarray:
 
 def find_shards(folder: Path, split: str) -> list[Path]:
     """Return the shards of `split` ("train" or "val") in name order; raises DataError without any."""
-    paths = sorted(folder.glob(f"*_{split}_*.bin"))
-    if not paths:
-        remedy = "run `python data/text.py` (any text) or `python data/fineweb.py` (the contest's)"
-        raise DataError(f"DATA_PATH={folder}: no *_{split}_*.bin shard there; {remedy}, or set DATA_PATH")
-    return paths
+    if paths := sorted(folder.glob(f"*_{split}_*.bin")):
+        return paths
+    remedy = "run `python data/text.py` (any text) or `python data/fineweb.py` (the contest's)"
+    raise DataError(f"DATA_PATH={folder}: no *_{split}_*.bin shard there; {remedy}, or set DATA_PATH")
 
 
-def check_token_ids(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
-    """Raise DataError where a token id is not in the vocabulary."""
-    largest = int(tokens.max(initial=0))
-    if largest >= vocab_size:
+def check_token_ids(tokens: np.ndarray, vocab_size: int, path: Path) -> np.ndarray:
+    """Return `tokens` of `path`; raises DataError where a token id is not in the vocabulary."""
+    if (largest := int(tokens.max(initial=0))) >= vocab_size:
         raise DataError(f"{path}: token id {largest} is not below VOCAB_SIZE={vocab_size}; mend one of them")
+    return tokens
 
 
 class TokenStream:
     """Training tokens as one endless stream over all shards; a batch is a pure function of its number.
-
-    The stream is cut into equal lanes that are read side by side: sequence q is row q // lanes of lane
-    q % lanes. One lane is the contest's order; more lanes put distant documents into one small batch."""
+    Equal lanes are read side by side: sequence q is row q // lanes of lane q % lanes. One lane is the
+    contest's order; more lanes put distant documents into one small batch."""
 
     def __init__(self, paths: list[Path], settings: Settings) -> None:
         self.paths, self.settings = paths, settings
@@ -700,15 +651,12 @@ class TokenStream:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Return `count` tokens from position `start` on, int32; the first shard follows the last."""
-        pieces = []
-        while count:
-            start %= self.total
-            index = int(np.searchsorted(self.ends, start, side="right"))
-            piece = self.shards[index][start - int(self.ends[index]) :][:count]
-            check_token_ids(piece, self.settings.vocab_size, self.paths[index])
-            pieces.append(piece)
-            start, count = start + len(piece), count - len(piece)
-        return np.concatenate(pieces).astype(np.int32)
+        start %= self.total
+        index = int(np.searchsorted(self.ends, start, side="right"))
+        piece = self.shards[index][start - int(self.ends[index]) :][:count].astype(np.int32)
+        check_token_ids(piece, self.settings.vocab_size, self.paths[index])
+        rest = count - len(piece)
+        return np.concatenate((piece, self.read(start + len(piece), rest))) if rest else piece
 
     def batch(self, step: int, slot: int) -> Tensor:
         """Return micro-batch `slot` of `step`: (B, T + 1) int32, inputs and targets overlapping by T."""
@@ -717,18 +665,6 @@ class TokenStream:
         q = np.arange(rows) + (step * s.micro_batch_slots + slot) * rows
         starts = q % s.data_lanes * (self.total // s.data_lanes) + q // s.data_lanes * s.train_seq_len
         return torch.from_numpy(np.stack([self.read(int(start), s.train_seq_len + 1) for start in starts]))
-
-
-class ByteTable(NamedTuple):
-    """Bytes of token y after token x: base[y], plus 1 if leading_space[y] and not boundary[x]."""
-
-    base: np.ndarray
-    leading_space: np.ndarray
-    boundary: np.ndarray
-
-    def lengths(self, previous: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """Return the bytes of each `target` token after `previous`, both of shape (N,), as uint16 (N,)."""
-        return self.base[target] + (self.leading_space[target] & ~self.boundary[previous])
 
 
 class Tokenizer:
@@ -748,8 +684,7 @@ class Tokenizer:
                 raise ValueError
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError("neither a SentencePiece model with marker 1 nor pure bytes") from error
-        is_byte = self.model.is_byte if self.model else bool
-        self.byte_ids = {p[0]: token for token, p in enumerate(self.pieces) if p and is_byte(token)}
+        self.byte_ids = {p[0]: token for token, p in reversed([*enumerate(self.pieces)]) if len(p) == 1}
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -757,7 +692,7 @@ class Tokenizer:
         try:
             return cls(path.read_bytes())
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
+            reason = getattr(error, "strerror", error)
             raise DataError(f"TOKENIZER_PATH={path}: {reason}; set it to the shards' own") from error
 
     def _piece(self, token: int) -> bytes:
@@ -768,43 +703,38 @@ class Tokenizer:
         spaced = text.replace(WORD_START, " ").encode()
         return bytes.fromhex(text[3:5]) if self.model.is_byte(token) else spaced
 
-    def byte_table(self, exact: bool) -> ByteTable:
-        """Return the table that adds up to the raw documents (`exact`), or the contest's."""
-        # In the contest's a space that follows a marker is free (parameter-golf, build_sentencepiece_luts).
-        base = np.array([len(piece) for piece in self.pieces], dtype=np.uint16)
-        leading_space, boundary = np.zeros(len(base), dtype=bool), base == 0
-        for token in [] if exact or self.model is None else np.flatnonzero(~boundary).tolist():
+    def target_bytes(self, tokens: np.ndarray, exact: bool) -> np.ndarray:
+        """Return the bytes of tokens (N + 1,) without the first, uint16 (N,): those of the raw documents
+        (`exact`), or by the contest's rule: what follows a marker has its leading space for nothing
+        (parameter-golf, build_sentencepiece_luts)."""
+        size = np.array([len(piece) for piece in self.pieces], dtype=np.uint16)
+        if exact or self.model is None:
+            return size[tokens[1:]]
+        marker, spaced = size == 0, np.zeros(len(size), dtype=bool)
+        for token in np.flatnonzero(~marker).tolist():
             text = self.model.id_to_piece(token)
-            leading_space[token] = text.startswith(WORD_START)
-            base[token] = 1 if self.model.is_byte(token) else len(text.removeprefix(WORD_START).encode())
-        return ByteTable(base, leading_space, boundary)
+            spaced[token] = text.startswith(WORD_START)
+            size[token] = 1 if self.model.is_byte(token) else len(text.removeprefix(WORD_START).encode())
+        return size[tokens[1:]] + (spaced[tokens[1:]] & ~marker[tokens[:-1]])
 
     def encode(self, data: bytes) -> list[int]:
-        """Return token ids with `decode(encode(data)) == data` for any bytes, by byte pieces if need be."""
-        text = data.decode("utf-8", errors="surrogateescape")
-        # A literal U+2581 would come back as a space, an undecodable byte is not text: bytes for both.
-        stretches = enumerate(re.split(f"([{WORD_START}\udc80-\udcff]+)", text))
-        encoders = (self._encode_text, self._encode_bytes)
-        return [token for index, stretch in stretches for token in encoders[index % 2](stretch)]
-
-    def _encode_text(self, text: str) -> list[int]:
-        """Encode valid text; what normalisation would change is cut down until characters go as bytes."""
-        if self.model is None or not text:
-            return self._encode_bytes(text)
-        ids = self.model.encode(text)
-        if self.decode(ids) == text.encode():
+        """Return token ids with `decode(encode(data)) == data` for any bytes: pieces where they are the text,
+        byte pieces where the model's normalisation would change it."""
+        ids = self.model.encode(data) if self.model else self._encode_bytes(data)
+        if self.decode(ids) == data:
             return ids
-        parts = [part for part in re.split(r"([^\S ]+| {2,})", text) if part]
-        if len(parts) == 1:
-            if len(text) == 1 or text.isspace():
-                return self._encode_bytes(text)
-            # One line of words: cut behind a space near the middle, so that words stay whole.
-            cut = max(text.rfind(" ", 1, len(text) // 2 + 1), 0) or len(text) // 2
-            parts = [text[:cut], text[cut:]]
-        return [token for part in parts for token in self._encode_text(part)]
+        ids = []
+        # White space but single spaces goes alone: normalisation would join it to the word that follows.
+        for part in re.split(rb"([^\S ]+| {2,})", data):
+            found, done = self.model.encode(part, return_type="offset_mapping", return_bytes=True), 0
+            for token, (start, end) in zip(found["ids"], found["offsets"], strict=True):
+                if self.pieces[token] == part[start:end]:
+                    ids += [*self._encode_bytes(part[done:start]), token]
+                    done = end
+            ids += self._encode_bytes(part[done:])
+        return ids
 
-    def _encode_bytes(self, text: str) -> list[int]:
-        data = text.encode("utf-8", errors="surrogateescape")
+    def _encode_bytes(self, data: bytes) -> list[int]:
         if missing := set(data) - self.byte_ids.keys():
             raise DataError(f"the tokenizer has no piece for byte {min(missing)}; use one with byte fallback")
         return [self.byte_ids[value] for value in data]
@@ -814,23 +744,8 @@ class Tokenizer:
         return b"".join(map(self.pieces.__getitem__, ids))
 
 
-def read_manifest(folder: Path) -> dict | None:
-    """Return the manifest.json of data/text.py in `folder`, or None; raises DataError where it is damaged."""
-    path = folder / "manifest.json"
-    if not path.is_file():
-        return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        splits, tokenizer = manifest["splits"], manifest["tokenizer"]
-        _ = [(int(splits[split]["bytes"]), splits[split]["sha256"]) for split in ("train", "val")]
-        _ = tokenizer["sha256"], tokenizer["trained_here"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: not a manifest of data/text.py ({error!r}); make it anew") from error
-    return manifest
-
-
 class Dataset(NamedTuple):
-    """What a run reads; `stream` is None where nothing is trained."""
+    """What a run reads; `stream` is None where nothing is trained, `manifest` for shards without one."""
 
     stream: TokenStream | None
     val_tokens: np.ndarray  # (N + 1,) uint16
@@ -840,35 +755,42 @@ class Dataset(NamedTuple):
     hashes: dict[str, str]
 
 
+def read_manifest(path: Path) -> dict | None:
+    """Return a manifest.json of data/text.py, None without one; raises DataError where it is damaged."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        corpus, val, tokenizer = manifest["splits"]["train"], manifest["splits"]["val"], manifest["tokenizer"]
+        _ = int(val["bytes"]), val["sha256"], corpus["sha256"], tokenizer["sha256"], tokenizer["trained_here"]
+        return manifest
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: not a manifest of data/text.py ({error!r}); make it anew") from error
+
+
 def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Dataset:
     """Open everything under DATA_PATH and check it; `carried` is the tokenizer that came with an artifact.
-
     Raises DataError where files are missing or damaged, do not fit together or do not add up to the bytes
     that the manifest counted; SettingError where VOCAB_SIZE is not the tokenizer's."""
     folder = Path(settings.data_path)
-    paths, manifest = find_shards(folder, "val"), read_manifest(folder)
+    paths, manifest = find_shards(folder, "val"), read_manifest(folder / "manifest.json")
     tokenizer = carried or Tokenizer.load(Path(settings.tokenizer_path))
     if (size := len(tokenizer.pieces)) != settings.vocab_size:
         raise SettingError(f"VOCAB_SIZE={settings.vocab_size} is not the tokenizer's {size} pieces; set that")
-    if manifest and manifest["tokenizer"]["sha256"] != tokenizer.sha256:
-        raise DataError(f"{folder}: its shards were made with another tokenizer; set TOKENIZER_PATH to it")
-    shards = [open_shard(path) for path in paths]
-    for path, shard in zip(paths, shards, strict=True):
-        check_token_ids(shard, settings.vocab_size, path)
-    val_tokens = shards[0] if len(shards) == 1 else np.concatenate(shards)
-    if len(val_tokens) < 2:
+    shards = [check_token_ids(open_shard(path), settings.vocab_size, path) for path in paths]
+    if len(val_tokens := np.concatenate(shards)) < 2:
         raise DataError(f"{paths[0]}: {len(val_tokens)} validation tokens leave nothing to score; bring more")
+    target_bytes = tokenizer.target_bytes(val_tokens, exact=manifest is not None)
     hashes = {"val_sha256": shards_sha256(paths), "tokenizer_sha256": tokenizer.sha256}
-    table = tokenizer.byte_table(exact=manifest is not None)
     if manifest:
-        stated, size = manifest["splits"]["val"], int(table.base[val_tokens].sum())
-        if stated["sha256"] != hashes["val_sha256"]:
-            raise DataError(f"{folder}: manifest.json describes other validation shards; make it anew")
-        if stated["bytes"] != size:
-            raise DataError(f"{folder}: {stated['bytes']} raw val bytes, {size} in tokens; make it anew")
+        if manifest["tokenizer"]["sha256"] != tokenizer.sha256:
+            raise DataError(f"{folder}: shards were made with another tokenizer; set TOKENIZER_PATH to it")
+        val, found = manifest["splits"]["val"], (hashes["val_sha256"], int(target_bytes.sum()))
+        if found != (val["sha256"], val["bytes"]):
+            fault = f"describes other validation shards: {val['bytes']} raw val bytes, {found[1]} in tokens"
+            raise DataError(f"{folder}: manifest.json {fault}; make it anew")
         hashes["train_sha256"] = manifest["splits"]["train"]["sha256"]
     stream = None if settings.eval_only else TokenStream(find_shards(folder, "train"), settings)
-    target_bytes = table.lengths(val_tokens[:-1], val_tokens[1:])
     return Dataset(stream, val_tokens, target_bytes, tokenizer, manifest, hashes)
 
 
@@ -895,8 +817,8 @@ def rotary_tables(length: int, dims: int, base: float, ntk_length: int = 0) -> T
     slowest channel turns no further than it did at ntk_length ("NTK-aware" scaling)."""
     if 0 < ntk_length < length:
         base *= (length / ntk_length) ** (dims / max(dims - 2, 1))
-    frequencies = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+    speeds = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * speeds
     return torch.stack((angles.cos().float(), angles.sin().float()))
 
 
@@ -935,11 +857,9 @@ class Attention(nn.Module):
     def __init__(self, settings: Settings, exclusive: bool) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = settings.num_heads, settings.num_kv_heads
-        self.exclusive, kv_dim = exclusive, settings.num_kv_heads * settings.head_dim
-        self.c_q = nn.Linear(settings.model_dim, settings.model_dim, bias=False)
-        self.c_k = nn.Linear(settings.model_dim, kv_dim, bias=False)
-        self.c_v = nn.Linear(settings.model_dim, kv_dim, bias=False)
-        self.proj = nn.Linear(settings.model_dim, settings.model_dim, bias=False)
+        self.exclusive, D, kv_dim = exclusive, settings.model_dim, settings.num_kv_heads * settings.head_dim
+        layers = (nn.Linear(D, width, bias=False) for width in (D, kv_dim, kv_dim, D))
+        self.c_q, self.c_k, self.c_v, self.proj = layers
         self.q_gain = nn.Parameter(torch.full((settings.num_heads,), settings.qk_gain_init))
         self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) if settings.value_residual else None
         self.attn_gate = gate(settings.model_dim, self.num_heads, 4.0) if settings.gated_attn else None
@@ -985,8 +905,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the MLP branch for x (B, T, D)."""
-        hidden = F.leaky_relu(self.fc(x), self.slope) if self.slope else F.relu(self.fc(x))
-        return self.proj(hidden.square())
+        return self.proj(F.leaky_relu(self.fc(x), self.slope).square())
 
 
 class Block(nn.Module):
@@ -996,12 +915,10 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(settings, layer >= settings.num_layers - settings.xsa_last_n)
         self.mlp = MLP(settings)
-        self.attn_scale = nn.Parameter(torch.ones(settings.model_dim))
-        self.mlp_scale = nn.Parameter(torch.ones(settings.model_dim))
+        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(settings.model_dim)) for _ in range(2))
         self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, settings.model_dim))
-        damping = (layer + 1) ** -0.5
-        self.norm_scale = damping if settings.ln_scale == "norm" else 1.0
-        self.branch_scale = damping if settings.ln_scale == "branch" else 1.0
+        scales = {settings.ln_scale: (layer + 1) ** -0.5}
+        self.norm_scale, self.branch_scale = scales.get("norm", 1.0), scales.get("branch", 1.0)
         self.dtg_gate = gate(settings.model_dim, 1, 2.0) if settings.dtg_enabled else None
 
     def forward(self, x: Tensor, x0: Tensor, *carried: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -1047,10 +964,7 @@ def bigram_indices(ids: Tensor, rows: int, form: str) -> Tensor:
 
 
 def parameter_role(name: str, parameter: Tensor) -> str:
-    """Return "embedding", "head", "lookup", "projection", "matrix" or "scalar".
-
-    A lookup is a table of bigrams or values, its projection follows it. Optimizer groups, initial values and
-    bit widths all go by the role."""
+    """Return "embedding", "head", "lookup" (another table), "projection" (of one), "matrix" or "scalar"."""
     if parameter.ndim != 2 or not name.endswith(".weight") or "gate" in name:
         return "scalar"
     first, part = name.split(".")[0], name.split(".")[-2]
@@ -1183,10 +1097,10 @@ class GPT(nn.Module):
 
 
 def try_attention_kernel(name: str, settings: Settings, process: Process) -> None:
-    """Switch scaled_dot_product_attention to kernel `name`, compare it with PyTorch's own, raise if it fails.
+    """Switch scaled_dot_product_attention to kernel `name`; raise unless it agrees with PyTorch's own.
 
-    Compares output and gradients of a small causal case of the run's heads in bfloat16. PyTorch prefers cuDNN
-    where it has it, which would hide the flash kernel under test: it is switched off first."""
+    Compared are output and gradients of a small causal case in bfloat16. PyTorch would prefer cuDNN to the
+    kernel under test: it is switched off first."""
     if process.device.type != "cuda":
         raise RuntimeError("there is no CUDA device")
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -1197,14 +1111,14 @@ def try_attention_kernel(name: str, settings: Settings, process: Process) -> Non
 
     def results() -> list[Tensor]:
         output = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=heads[0] != heads[1])
-        return [output, *torch.autograd.grad(output.float().square().sum(), inputs)]
+        gradients = torch.autograd.grad(output.float().square().sum(), inputs)
+        return [tensor.detach().float() for tensor in (output, *gradients)]
 
-    expected = [tensor.detach().float() for tensor in results()]
+    expected = results()
     torch.nn.attention.activate_flash_attention_impl(name.upper())
-    for got, want in zip(results(), expected, strict=True):
-        error = ((got.detach().float() - want).norm() / want.norm()).item()
-        if not error < 0.02:
-            raise RuntimeError(f"differs from PyTorch's kernel by {error:.3g} of its norm")
+    errors = [(got - want).norm() / want.norm() for got, want in zip(results(), expected, strict=True)]
+    if not (error := torch.stack(errors).max()) < 0.02:
+        raise RuntimeError(f"differs from PyTorch's kernel by {error:.3g} of its norm")
 
 
 def select_attention(settings: Settings, process: Process, log: Log) -> None:
@@ -1236,15 +1150,12 @@ def select_attention(settings: Settings, process: Process, log: Log) -> None:
 def learning_rate_scale(step: int, elapsed_ms: float, settings: Settings, before_ms: float = 0.0) -> float:
     """Return the factor on every learning rate: 1, then linear to 0 over the last WARMDOWN_ITERS steps.
 
-    Under a wall-clock limit, steps to come are estimated from the mean step so far (parameter-golf baseline),
-    what the clock said before the first step left out."""
-    if settings.warmdown_iters == 0:
-        return 1.0
-    if settings.max_wallclock_seconds == 0:
-        return min(1.0, max(0.0, (settings.iterations - step) / settings.warmdown_iters))
-    remaining_ms = max(1000.0 * settings.max_wallclock_seconds - elapsed_ms, 0.0)
-    warmdown_ms = settings.warmdown_iters * (elapsed_ms - before_ms) / max(step, 1)
-    return remaining_ms / warmdown_ms if remaining_ms <= warmdown_ms and warmdown_ms > 0 else 1.0
+    Under a wall-clock limit in ms, a step being the mean so far (parameter-golf), `before_ms` not counted."""
+    remaining, warmdown = settings.iterations - step, settings.warmdown_iters
+    if settings.max_wallclock_seconds:
+        remaining = 1000.0 * settings.max_wallclock_seconds - elapsed_ms
+        warmdown *= (elapsed_ms - before_ms) / max(step, 1)
+    return min(1.0, max(0.0, remaining / warmdown)) if warmdown > 0 else 1.0
 
 
 def quantization_starts(step: int, elapsed_ms: float, scale: float, settings: Settings) -> bool:
@@ -1269,9 +1180,8 @@ def orthogonalize(update: Tensor, steps: int) -> Tensor:
     The quintic of Muon ("zeropower_via_newtonschulz5"); singular values end near 1, not at it. bfloat16 on
     CUDA, float32 on CPU, where bfloat16 is slower."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = update.to(torch.bfloat16 if update.is_cuda else torch.float32)
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
+    tall = update.size(-2) > update.size(-1)
+    x = (update.mT if tall else update).to(torch.bfloat16 if update.is_cuda else torch.float32)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -1299,10 +1209,9 @@ class Muon:
     """Momentum, Newton-Schulz, update; matrices of one shape go as one batch, shared out over the ranks.
 
     Update: buffer = momentum * buffer + gradient; u = orthogonalize(gradient + momentum * buffer);
-    p = (1 - lr * decay) * p - lr * sqrt(max(1, rows / columns)) * u (Keller Jordan's Muon). Each rank
-    orthogonalizes its own slice of every bank. Sums of gradients run while AdamW steps (unless it needs the
-    clipping norm), a bank's updates travel while the next bank is worked on. PARALLEL_MUON (#864) gives each
-    rank its slice of the sums alone."""
+    p = (1 - lr * decay) * p - lr * sqrt(max(1, rows / columns)) * u (Keller Jordan's Muon). Sums of gradients
+    run while AdamW steps (unless it needs the clipping norm), updates travel while other banks are worked on.
+    PARALLEL_MUON (#864) gives each rank its slice of the sums alone."""
 
     def __init__(self, matrices: list[nn.Parameter], settings: Settings, process: Process) -> None:
         self.settings, self.process, self.banks = settings, process, []
@@ -1315,42 +1224,26 @@ class Muon:
             for matrix, view in zip(group, gradient, strict=False):
                 matrix.grad = view
 
-    def start_sums(self) -> None:
-        """Start adding the gradients over the ranks, the largest bank first."""
-        for bank in self.banks:
-            bank.arriving.extend(self.process.start_sum(bank.gradient, self.settings.parallel_muon))
-
-    def own_gradients(self) -> list[Tensor]:
-        """Wait for all sums; return this rank's slices of them."""
-        for bank in self.banks:
-            wait(bank.arriving)
-        return [self.process.own(bank.gradient) for bank in self.banks]
-
-    def _apply(self, bank: Bank, lr: float) -> None:
-        """Change the matrices of `bank` by its updates, once they are there."""
-        wait(bank.arriving)
-        rows, columns = bank.matrices[0].shape
-        changes = list(bank.update[: len(bank.matrices)].to(torch.float32).unbind())
-        if self.settings.muon_wd and self.settings.muon_wd_order == "before":
-            torch._foreach_mul_(bank.matrices, 1 - lr * self.settings.muon_wd)
-        torch._foreach_add_(bank.matrices, changes, alpha=-lr * max(1.0, rows / columns) ** 0.5)
-        if self.settings.muon_wd and self.settings.muon_wd_order == "after":
-            torch._foreach_mul_(bank.matrices, 1 - lr * self.settings.muon_wd)
-
     @torch.no_grad()
     def step(self, lr: float, momentum: float) -> None:
         """Update every matrix from its gradient."""
-        for place, bank in enumerate(self.banks):
+        s, decay = self.settings, 1 - lr * self.settings.muon_wd
+        for bank in self.banks:
             wait(bank.arriving)
             gradient = self.process.own(bank.gradient)
             bank.momentum.mul_(momentum).add_(gradient)
             direction = gradient.add(bank.momentum, alpha=momentum)
-            self.process.own(bank.update).copy_(orthogonalize(direction, self.settings.muon_backend_steps))
+            self.process.own(bank.update).copy_(orthogonalize(direction, s.muon_backend_steps))
             bank.arriving.extend(self.process.start_gather(bank.update))
-            if place:
-                self._apply(self.banks[place - 1], lr)
-        for bank in self.banks[-1:]:
-            self._apply(bank, lr)
+        for bank in self.banks:
+            wait(bank.arriving)
+            rows, columns = bank.matrices[0].shape
+            changes = list(bank.update[: len(bank.matrices)].float().unbind())
+            if s.muon_wd and s.muon_wd_order == "before":
+                torch._foreach_mul_(bank.matrices, decay)
+            torch._foreach_add_(bank.matrices, changes, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+            if s.muon_wd and s.muon_wd_order == "after":
+                torch._foreach_mul_(bank.matrices, decay)
 
 
 class Optimizers:
@@ -1368,7 +1261,6 @@ class Optimizers:
         matrices = [p for role in order[: order.index(s.muon_scope) + 1] for p in roles.pop(role)]
         groups = [{"params": roles[role], "base_lr": rates[role]} for role in roles if roles[role]]
         others = [p for group in groups for p in group["params"]]
-        assert sorted(map(id, matrices + others)) == sorted(map(id, model.parameters()))
         sizes = [parameter.numel() for parameter in others]
         self.flat = torch.zeros(sum(sizes) + 1, device=process.device)
         for parameter, view in zip(others, self.flat[:-1].split(sizes), strict=True):
@@ -1379,22 +1271,24 @@ class Optimizers:
 
     def gather(self, model, batches: list[Tensor]) -> Tensor:
         """Fill the gradient buffers from the micro-batches of all ranks; return the mean loss, ()."""
-        for buffer in (self.flat, *(bank.gradient for bank in self.muon.banks)):
-            buffer.zero_()
+        torch._foreach_zero_([self.flat, *(bank.gradient for bank in self.muon.banks)])
         for batch in batches:
             ids = batch.to(self.process.device, non_blocking=True).long()
             with self.process.precision():
                 loss = model(ids[:, :-1], ids[:, 1:]) / self.settings.micro_batch_slots
             loss.backward()
             self.flat[-1] += loss.detach()
-        self.muon.start_sums()
+        for bank in self.muon.banks:
+            bank.arriving.extend(self.process.start_sum(bank.gradient, self.settings.parallel_muon))
         self.process.sum(self.flat)
         return self.flat[-1].clone()
 
     def step(self, scale: float, momentum: float) -> None:
         """Clip, then update every parameter; `scale` multiplies every learning rate."""
         if self.settings.grad_clip_norm:
-            own = self.muon.own_gradients()
+            for bank in self.muon.banks:
+                wait(bank.arriving)
+            own = [self.process.own(bank.gradient) for bank in self.muon.banks]
             square = self.process.sum(sum(gradient.square().sum() for gradient in own))
             norm = (square + self.flat[:-1].square().sum()).sqrt()
             factor = (self.settings.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -1456,21 +1350,18 @@ class Averages:
 # ============================================================================================================
 # 7 QUANTIZATION AND ARTIFACT. In: weights. Out: one file, and the weights that come back from it. The file
 # describes itself: magic, version, JSON header (settings, tensors, tokenizer), one zstd frame or xz stream,
-# SHA-256 of all before it. No pickle, no time, path or host: same weights, same bytes. A file that is not
-# exactly right is refused with a message, before anything of the size it claims is allocated. Training may
-# compute with what the file will hold: `QuantizationAware` calls the exporter's own quantizer.
+# SHA-256 of all before it. Same weights, same bytes. A file that is not exactly right is refused before
+# anything of the size it claims is allocated. `QuantizationAware` trains with the exporter's own quantizer.
 # ============================================================================================================
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFGPT\n", 1
-ARTIFACT_PREFIX = struct.Struct("<8sII")  # magic, version, bytes of the header
+PREFIX_BYTES = 16  # magic, then version and length of the header as little-endian uint32
 MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES = 1_000_000, 2**30
 BITS = {"int8": 8, "int6": 6, "int5": 5}  # kinds of quantized tensors
-FLOATS = {"float16": "<f2", "float32": "<f4"}  # kinds of all others
-COLUMNS = ("|i1", *FLOATS.values())  # NumPy types of all that is stored, in the order of the file
-SMALLEST_SCALE = 2.0**-24  # least positive float16
+COLUMNS = ("int8", "float16", "float32")  # NumPy types of all that is stored, in the order of the file
 PERCENTILES = (1.0, 0.99999, 0.9999, 0.9995, 0.999)  # of a row's absolute values, where QUANT_SEARCH clips
 XZ_MAGIC = b"\xfd7zXZ\0"
-ARTIFACT_FAULTS = (ValueError, KeyError, TypeError, zstandard.ZstdError, lzma.LZMAError)
+ARTIFACT_FAULTS = (ValueError, KeyError, TypeError, SettingError, zstandard.ZstdError, lzma.LZMAError)
 
 
 def restore_rows(integers: Tensor, scale: Tensor) -> Tensor:
@@ -1480,10 +1371,9 @@ def restore_rows(integers: Tensor, scale: Tensor) -> Tensor:
 
 def quantize_rows(weight: Tensor, bits: int, search=False, floor=False) -> tuple[Tensor, Tensor]:
     """Return (integers int8 (R, C), scales float16 (R,)) of a weight (R, C): symmetric, one scale per row.
-
-    Restored values are off by at most half a scale (and half the smallest scale for rows near zero), unless
-    `search` clips a row at the percentile with the least squared error. `floor` keeps scales at 1 / limit at
-    least (coarser, compresses better). Training and export both call this."""
+    Restored values are off by half a scale at most (half the smallest for rows near zero), unless `search`
+    clips a row at the percentile of least squared error. `floor` keeps scales at 1 / limit at least (coarser,
+    compresses better). Training and export both call this."""
     limit, weight = 2 ** (bits - 1) - 1, weight.float()
 
     def integers(scale: Tensor) -> Tensor:
@@ -1492,7 +1382,7 @@ def quantize_rows(weight: Tensor, bits: int, search=False, floor=False) -> tuple
     places = [(1 - p) * (weight.size(1) - 1) for p in (PERCENTILES if search else (1.0,))]
     top = weight.abs().topk(min(int(max(places)) + 2, weight.size(1)), dim=1).values
     clips = [torch.lerp(top[:, int(x)], top[:, min(int(x) + 1, top.size(1) - 1)], x % 1) for x in places]
-    least = 1 / limit if floor else SMALLEST_SCALE
+    least = 1 / limit if floor else 2.0**-24  # the least positive float16
     scales = (torch.stack(clips) / limit).clamp(min=least).to(torch.float16)  # (percentiles, R)
     scale = scales[0]
     if search:
@@ -1518,7 +1408,6 @@ def tensor_kind(name: str, tensor: Tensor, settings: Settings) -> str:
 
 class QuantizationAware(nn.Module):
     """The training loss of the model that the artifact will hold: every matrix passes the export quantizer.
-
     Gradients pass straight through (arXiv 1308.3432), or through a soft rounding that hardens as the
     learning-rate scale falls. Matrices of one width and precision are quantized as one: a small graph."""
 
@@ -1559,10 +1448,8 @@ class QuantizationAware(nn.Module):
         return weights
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Return the loss of the quantized model, as GPT.forward, and CROWN-Q (#779) on top.
-
-        CROWN-Q: CROWN_Q_LAMBDA / 12 * sum over matrices of mean(w^2 d^2), d = largest |w| of the row / limit.
-        """
+        """Return the loss of the quantized model, as GPT.forward, and CROWN-Q (#779) on top:
+        CROWN_Q_LAMBDA / 12 * sum over matrices of mean(w^2 d^2), d = largest |w| of the row / limit."""
         s, loss = self.settings, torch.func.functional_call(self.model, self.quantized(), inputs)
         for name, p in self.model.named_parameters() if s.crown_q_lambda else ():
             if parameter_role(name, p) in ("matrix", "projection"):
@@ -1581,20 +1468,19 @@ class QuantizationAware(nn.Module):
 
 
 def stored_parts(shape, kind: str) -> list[tuple[str, int]]:
-    """Return NumPy type and length of the arrays that stand for a tensor: integers and scales, or itself."""
+    """Return column and length of the arrays that stand for a tensor: integers and scales, or itself."""
     count = math.prod(shape)
-    return [("|i1", count), ("<f2", shape[0])] if kind in BITS else [(FLOATS[kind], count)]
+    return [("int8", count), ("float16", shape[0])] if kind in BITS else [(kind, count)]
 
 
 def byte_planes(array: np.ndarray) -> bytes:
     """Return all first bytes, then all second bytes, ...: floats compress better that way."""
-    return np.ascontiguousarray(array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T).tobytes()
+    return array.view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
 
 
 def from_byte_planes(data: bytes, dtype: np.dtype) -> np.ndarray:
     """Undo `byte_planes`."""
-    planes = np.frombuffer(data, np.uint8).reshape(dtype.itemsize, -1)
-    return np.ascontiguousarray(planes.T).reshape(-1).view(dtype)
+    return np.frombuffer(data, np.uint8).reshape(dtype.itemsize, -1).T.copy().reshape(-1).view(dtype)
 
 
 def compress_smallest(payload: bytes, compressor: str = "zstd") -> bytes:
@@ -1604,9 +1490,8 @@ def compress_smallest(payload: bytes, compressor: str = "zstd") -> bytes:
     # No level is best on quantized weights: 22 varies by several percent, 1 (Huffman almost alone) is steady.
     base = zstandard.ZstdCompressionParameters.from_level
     options = {"source_size": len(payload), "write_checksum": True}
-    candidates = [base(level, **options) for level in (1, 19, 22)] + [base(19, min_match=7, **options)]
-    frames = (zstandard.ZstdCompressor(compression_params=c).compress(payload) for c in candidates)
-    return min(frames, key=len)
+    ways = [base(level, **options) for level in (1, 19, 22)] + [base(19, min_match=7, **options)]
+    return min((zstandard.ZstdCompressor(compression_params=way).compress(payload) for way in ways), key=len)
 
 
 def require(holds: bool, fault: str) -> None:
@@ -1628,59 +1513,50 @@ class Artifact(NamedTuple):
 
 def pack_artifact(weights: dict[str, Tensor], settings: Settings, tokenizer: Tokenizer, embed: bool) -> bytes:
     """Return the artifact file; `embed`: with the tokenizer itself. NonFiniteError beyond float16's range."""
-    s, tensors = settings, []
-    columns: dict[str, list[np.ndarray]] = {dtype: [] for dtype in COLUMNS}
+    s, tensors, arrays = settings, [], []
     for name, tensor in weights.items():
         kind, tensor = tensor_kind(name, tensor, s), tensor.detach().float().cpu()
-        tensors.append([name, list(tensor.shape), kind])
         parts = (tensor.half() if kind == "float16" else tensor,)
         if kind in BITS:
             parts = quantize_rows(prune(tensor, s.prune_pct), BITS[kind], s.quant_search, s.quant_scale_floor)
-        if not bool(torch.isfinite(parts[-1]).all()):
+        if not parts[-1].isfinite().all():
             raise NonFiniteError(f"{name}: a weight is infinite or no number; lower the learning rates")
-        for part, (dtype, _) in zip(parts, stored_parts(tensor.shape, kind), strict=True):
-            columns[dtype].append(part.numpy().astype(dtype).reshape(-1))
+        tensors.append([name, list(tensor.shape), kind])
+        arrays += [part.numpy().reshape(-1) for part in parts]
+    columns = [[array for array in arrays if array.dtype == name] for name in COLUMNS]
     embedded = tokenizer.source if embed else b""
-    payload = b"".join([*(byte_planes(np.concatenate(c)) for c in columns.values() if c), embedded])
+    payload = b"".join(byte_planes(np.concatenate(column)) for column in columns if column) + embedded
     named = {"sha256": tokenizer.sha256, "bytes": len(embedded)}
     header = {"settings": s.stored_values(), "tensors": tensors, "tokenizer": named}
-    header_bytes = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
-    prefix = ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(header_bytes))
-    body = prefix + header_bytes + compress_smallest(payload, s.compressor)
+    text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
+    prefix = ARTIFACT_MAGIC + np.array([ARTIFACT_VERSION, len(text)], "<u4").tobytes()
+    body = prefix + text + compress_smallest(payload, s.compressor)
     return body + hashlib.sha256(body).digest()
 
 
-def stored_settings(values: Mapping[str, object]) -> Settings:
-    """Return Settings with an artifact's stored values; raises ValueError unless they are all valid."""
-    expected = Settings().stored_values()
-    same = isinstance(values, dict) and values.keys() == expected.keys()
-    require(same, "its header does not hold the settings that this script stores")
+def check_header(header: dict) -> tuple[Settings, list[tuple[str, list[int], str]]]:
+    """Return an artifact's settings and tensor list (name, shape, kind); raises ValueError, SettingError or
+    TypeError unless the settings are complete and valid and the tensors those of the model they describe."""
+    values, tensors, expected = header["settings"], header["tensors"], Settings().stored_values()
+    require(set(values) == set(expected), "its header does not hold the settings that this script stores")
     for name, default in expected.items():
         require(type(values[name]) is type(default), f"its header gives {name} as {values[name]!r}")
-    try:
-        return Settings(**values, eval_only="artifact", val_batch_size=2**30)  # batches that break no rule
-    except SettingError as error:
-        raise ValueError(f"its header is not valid: {error}") from error
-
-
-def check_tensors(tensors: list, settings: Settings) -> list[tuple[str, list[int], str]]:
-    """Return the header's tensor list, or raise ValueError unless it is the one that `settings` call for."""
+    settings = Settings(**values, eval_only="artifact", val_batch_size=2**30)  # batches that break no rule
     with torch.device("meta"):  # shapes without memory
-        expected = {name: list(parameter.shape) for name, parameter in GPT(settings).named_parameters()}
-    same = {name: shape for name, shape, _ in tensors} == expected and len(tensors) == len(expected)
-    require(same, "its tensors are not those of the model that its settings describe")
+        shapes = [[name, list(parameter.shape)] for name, parameter in GPT(settings).named_parameters()]
+    require([entry[:2] for entry in tensors] == shapes, "its tensors are not those of its settings' model")
     for name, shape, kind in tensors:
-        known = kind in FLOATS or (kind in BITS and len(shape) == 2)
+        known = kind in COLUMNS[1:] or (kind in BITS and len(shape) == 2)
         require(known, f"tensor {name} is stored as {kind!r}, which this script does not know")
-    return tensors
+    return settings, tensors
 
 
 def expand_frame(frame: bytes, size: int) -> bytes:
     """Return the `size` bytes of a zstd frame or xz stream; raises ValueError where it holds others."""
     if frame.startswith(XZ_MAGIC):
-        decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**28)
-        data = decompressor.decompress(frame, max_length=size + 1)
-        exact = len(data) == size and decompressor.eof and not decompressor.unused_data
+        stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**28)
+        data = stream.decompress(frame, max_length=size + 1)
+        exact = len(data) == size and stream.eof and not stream.unused_data
         require(exact, f"its xz stream does not hold the {size} bytes that its header needs")
         return data
     claimed, data = zstandard.frame_content_size(frame), bytearray()
@@ -1693,46 +1569,32 @@ def expand_frame(frame: bytes, size: int) -> bytes:
     return bytes(data)
 
 
-def unpack_tensors(tensors: list[tuple[str, list[int], str]], payload: io.BytesIO) -> dict[str, Tensor]:
-    """Return the float32 weights that the payload holds: all integers, then all float16, then all float32."""
-    layout = [part for _, shape, kind in tensors for part in stored_parts(shape, kind)]
-    columns, weights = {}, {}
-    for dtype in map(np.dtype, COLUMNS):
-        counts = [count for stored, count in layout if stored == dtype.str]
-        column = torch.from_numpy(from_byte_planes(payload.read(sum(counts) * dtype.itemsize), dtype).copy())
-        columns[dtype.str] = iter(column.split(counts))
-    for name, shape, kind in tensors:
-        first, *scales = (next(columns[dtype]) for dtype, _ in stored_parts(shape, kind))
-        first = first.reshape(shape)
-        weights[name] = restore_rows(first, *scales) if kind in BITS else first.float()
-    return weights
-
-
 def unpack_artifact(data: bytes) -> Artifact:
-    """Return the content of an artifact file; raises ValueError, or a kind of it, with the reason."""
+    """Return the content of an artifact file; raises one of ARTIFACT_FAULTS with the reason."""
     require(data.startswith(ARTIFACT_MAGIC), "it does not start with an artifact's magic bytes")
-    require(len(data) >= ARTIFACT_PREFIX.size + 32, "it is truncated")
-    _, version, header_size = ARTIFACT_PREFIX.unpack_from(data)
-    known = version == ARTIFACT_VERSION
-    require(known, f"format version {version}, this script reads version {ARTIFACT_VERSION}")
-    intact = hashlib.sha256(data[:-32]).digest() == data[-32:]
-    require(intact, "its SHA-256 does not match: truncated or altered")
-    header_end = ARTIFACT_PREFIX.size + header_size
-    fits = header_size <= MAX_HEADER_BYTES and header_end <= len(data) - 32
-    require(fits, f"a header of {header_size} bytes does not fit")
-    header = json.loads(data[ARTIFACT_PREFIX.size : header_end])
-    settings = stored_settings(header["settings"])
-    tensors = check_tensors(header["tensors"], settings)
+    require(len(data) >= PREFIX_BYTES + 32, "it is truncated")
+    version, header_size = np.frombuffer(data, "<u4", 2, len(ARTIFACT_MAGIC)).tolist()
+    require(version == ARTIFACT_VERSION, f"format version {version}, this script reads {ARTIFACT_VERSION}")
+    require(hashlib.sha256(data[:-32]).digest() == data[-32:], "its SHA-256 does not match: cut or altered")
+    end = PREFIX_BYTES + header_size
+    require(end <= min(len(data) - 32, MAX_HEADER_BYTES), f"a header of {header_size} bytes does not fit")
+    header = json.loads(data[PREFIX_BYTES:end])
+    settings, tensors = check_header(header)
     named_sha256, embedded = header["tokenizer"]["sha256"], header["tokenizer"]["bytes"]
     parts = [part for _, shape, kind in tensors for part in stored_parts(shape, kind)]
-    needed = sum(np.dtype(dtype).itemsize * count for dtype, count in parts)
+    counts = {np.dtype(name): [n for column, n in parts if column == name] for name in COLUMNS}
+    needed = sum(dtype.itemsize * sum(lengths) for dtype, lengths in counts.items())
     possible = type(embedded) is int and 0 <= embedded <= needed + embedded <= MAX_PAYLOAD_BYTES
     require(possible, f"its header needs {needed} and {embedded!r} bytes, which no artifact has")
-    payload = io.BytesIO(expand_frame(data[header_end:-32], needed + embedded))
-    weights = unpack_tensors(tensors, payload)
+    payload, columns, weights = io.BytesIO(expand_frame(data[end:-32], needed + embedded)), {}, {}
+    for dtype, lengths in counts.items():
+        column = from_byte_planes(payload.read(dtype.itemsize * sum(lengths)), dtype)
+        columns[dtype.name] = iter(torch.from_numpy(column).split(lengths))
+    for name, shape, kind in tensors:
+        flat, *scales = (next(columns[column]) for column, _ in stored_parts(shape, kind))
+        weights[name] = restore_rows(flat.reshape(shape), *scales) if scales else flat.reshape(shape).float()
     tokenizer = Tokenizer(payload.read()) if embedded else None
-    same = tokenizer is None or tokenizer.sha256 == named_sha256
-    require(same, "its tokenizer is not the one its header names")
+    require(not embedded or tokenizer.sha256 == named_sha256, "its tokenizer is not the one its header names")
     sha256 = hashlib.sha256(data).hexdigest()
     return Artifact(settings.stored_values(), weights, tokenizer, named_sha256, sha256, len(data))
 
@@ -2920,14 +2782,14 @@ def audit_recorded(settings: Settings) -> dict[str, list[float]]:
         require(covered, f"prices and bytes are not {total} each, as many as tokens less one")
         require(len(targets) > 0, "it records the distribution of no target")
         found, _ = audit_spans(recorded, recorded, tokens, prices, [targets])
-        tables = [tokenizer.byte_table(exact).lengths(tokens[:-1], tokens[1:]) for exact in (True, False)]
+        rules = [int(tokenizer.target_bytes(tokens, exact).sum()) for exact in (True, False)]
         bits = -prices.astype(np.float64).sum() / math.log(2)
         found["ledger"] = [abs(float(bits / size.sum() - val_bpb)), 1e-6]
     except (*ARTIFACT_FAULTS, OSError, EOFError, IndexError, zipfile.BadZipFile) as error:
         text = f"AUDIT_TARGET={settings.audit_target}: {error}; the README describes the file"
         raise DataError(text) from error
     found["normalised"][1] = 1e-6  # of rows in float32
-    found["bytes"] = [float(min(abs(int(size.sum()) - int(table.sum())) for table in tables)), 0.0]
+    found["bytes"] = [float(min(abs(int(size.sum()) - rule) for rule in rules)), 0.0]
     return found
 
 
@@ -3067,11 +2929,9 @@ class LossWatch:
 
     def push(self, step: int, matrix_lr: float, loss: Tensor) -> None:
         """Queue the loss of `step`, which ran at Muon's rate `matrix_lr`; read those that are old enough."""
-        event = None
-        if loss.is_cuda:
-            loss = torch.empty_like(loss, device="cpu", pin_memory=True).copy_(loss, non_blocking=True)
-            event = torch.cuda.current_stream().record_event()
-        self.pending.append((step, matrix_lr, loss, event))
+        copy = loss.to("cpu", non_blocking=True)  # pinned memory: the host goes on
+        event = torch.cuda.current_stream().record_event() if loss.is_cuda else None
+        self.pending.append((step, matrix_lr, copy, event))
         self.drain(LOSS_LAG_STEPS)
 
     def drain(self, keep: int = 0) -> float:
@@ -3083,36 +2943,33 @@ class LossWatch:
             if not math.isfinite(loss):
                 state = f"at matrix learning rate {matrix_lr:.6g}, the last good one was {self.last_good:.4f}"
                 remedy = "lower MATRIX_LR, SCALAR_LR and TIED_EMBED_LR, or set GRAD_CLIP_NORM"
-                raise NonFiniteError(f"step {step}: train_loss is {float(loss)} {state}; {remedy}")
+                raise NonFiniteError(f"step {step}: train_loss is {loss:f} {state}; {remedy}")
             self.last_good = float(loss)
         return self.last_good
 
 
-def load_batches(
-    stream: TokenStream, step: int, settings: Settings, process: Process, clock: Clock
-) -> tuple[list[Tensor], float]:
+def load_batches(stream: TokenStream, step: int, clock: Clock) -> tuple[list[Tensor], float]:
     """Return this rank's micro-batches of `step` (slot s: rank s mod world size) and rank 0's clock in ms."""
-    batches, failure = [], None
+    process, batches, failure = clock.process, [], None
     try:
-        slots = range(process.rank, settings.micro_batch_slots, process.world_size)
-        batches = [stream.batch(step, slot) for slot in slots]
-        batches = [batch.pin_memory() for batch in batches] if process.device.type == "cuda" else batches
+        for slot in range(process.rank, stream.settings.micro_batch_slots, process.world_size):
+            batch = stream.batch(step, slot)
+            batches.append(batch.pin_memory() if process.device.type == "cuda" else batch)
     except (DataError, OSError) as error:
         failure = error  # raised on all ranks, so that nobody waits for this one in a collective
     return batches, process.agree(clock.read_ms(), failure)
 
 
-def warm_up(model: GPT, losses, stream: TokenStream, settings: Settings, process: Process, log: Log) -> None:
+def warm_up(model: GPT, losses, stream: TokenStream, process: Process, log: Log) -> None:
     """Prime compiler and caches by WARMUP_STEPS real steps of each of `losses`, then restore the weights."""
-    saved = [parameter.detach().clone() for parameter in model.parameters()]
-    optimizers, total = Optimizers(model, settings, process), settings.warmup_steps * len(losses)
-    for step in range(total):
-        batches, _ = load_batches(stream, step, settings, process, Clock(process))
-        optimizers.gather(losses[step // settings.warmup_steps], batches)
-        optimizers.step(1.0, settings.muon_momentum)
-        log.line(f"warmup_step:{step + 1}/{total}")
-    with torch.no_grad():
-        torch._foreach_copy_(list(model.parameters()), saved)
+    saved = {name: weight.clone() for name, weight in model.state_dict().items()}
+    steps, optimizers = stream.settings.warmup_steps, Optimizers(model, stream.settings, process)
+    for step in range(steps * len(losses)):
+        batches, _ = load_batches(stream, step, Clock(process))
+        optimizers.gather(losses[step // steps], batches)
+        optimizers.step(1.0, stream.settings.muon_momentum)
+        log.line(f"warmup_step:{step + 1}/{steps * len(losses)}")
+    model.load_state_dict(saved)
 
 
 def choose_weights(averages: Averages, model: GPT, batches: list, process: Process, log: Log) -> tuple:
@@ -3120,11 +2977,10 @@ def choose_weights(averages: Averages, model: GPT, batches: list, process: Proce
 
     They are training tokens after the last step's, never validation tokens."""
     candidates, losses = averages.candidates(), {}
+    pairs = [(ids[:, :-1], ids[:, 1:]) for ids in (batch.to(process.device).long() for batch in batches)]
     for name, weights in candidates.items() if len(candidates) > 1 else ():
-        total = torch.zeros((), dtype=torch.float64, device=process.device)
-        for ids in (batch.to(process.device).long() for batch in batches):
-            with torch.no_grad(), process.precision():
-                total += torch.func.functional_call(model, weights, (ids[:, :-1], ids[:, 1:]))
+        with torch.no_grad(), process.precision():
+            total = sum(torch.func.functional_call(model, weights, pair).double() for pair in pairs)
         losses[name] = float(process.sum(total)) / averages.settings.micro_batch_slots
     chosen = min(candidates, key=lambda name: losses.get(name, 0.0))
     numbers = {"ema_updates": averages.updates, "swa_snapshots": averages.snapshots}
@@ -3136,48 +2992,39 @@ def choose_weights(averages: Averages, model: GPT, batches: list, process: Proce
     return kept, {"held_out_sha256": batches_sha256(batches)}
 
 
-def count_oracle(oracle: PseudoOracle, stream: TokenStream, clock: Clock, log: Log) -> float:
-    """Count the training tokens for #834's gate on the clock just started; return rank 0's time in ms."""
-    oracle.count(stream)
-    clock.process.synchronize()
-    elapsed_ms = clock.process.agree(clock.read_ms(), None)
-    line = f"oracle: hashed {stream.total} training tokens train_time:{elapsed_ms:.0f}ms"
-    log.event("oracle", line, tokens=stream.total, seconds=elapsed_ms / 1000)
-    return elapsed_ms
-
-
-def train(
-    model: GPT, dataset: Dataset, settings: Settings, process: Process, log: Log, compiled: bool
-) -> tuple[dict[str, Tensor], dict[str, object]]:
+def train(dataset: Dataset, settings: Settings, process: Process, log: Log, compiled: bool) -> tuple:
     """Train to ITERATIONS or MAX_WALLCLOCK_SECONDS, all ranks alike; return weights to export and numbers."""
+    torch.manual_seed(settings.seed)
+    model, stream, total = GPT(settings).to(process.device), dataset.stream, settings.iterations
+    log.line(f"model_params:{sum(parameter.numel() for parameter in model.parameters())}")
     aware = QuantizationAware(model, settings)
     modules = {"off": [model], "step0": [aware]}.get(settings.qat_start, [model, aware])
     losses = [torch.compile(m, dynamic=False, fullgraph=True) if compiled else m for m in modules]
     logits = torch.compile(model.logits, dynamic=False) if compiled else model.logits
     oracle = PseudoOracle(settings, process) if settings.gate_head else None
     losses = [oracle.beside(loss) for loss in losses] if oracle else losses
-    warm_up(model, losses, dataset.stream, settings, process, log)
+    warm_up(model, losses, stream, process, log)
     optimizers, averages = Optimizers(model, settings, process), Averages(model, settings)
-    clock, watch, bar = Clock(process), LossWatch(), process.progress(settings.iterations, "train")
-    limit_ms, total = 1000.0 * settings.max_wallclock_seconds or math.inf, settings.iterations
-    step, logged, quantized = 0, 0, False
+    clock, watch, bar = Clock(process), LossWatch(), process.progress(total, "train")
+    step, quantized, before_ms, every = 0, False, 0.0, settings.train_log_every
     clock.start()
-    before_ms = count_oracle(oracle, dataset.stream, clock, log) if oracle else 0.0
+    if oracle:
+        oracle.count(stream)
+        process.synchronize()
+        before_ms = process.agree(clock.read_ms(), None)
+        line = f"oracle: hashed {stream.total} training tokens train_time:{before_ms:.0f}ms"
+        log.event("oracle", line, tokens=stream.total, seconds=before_ms / 1000)
     while True:
-        batches, elapsed_ms = load_batches(dataset.stream, step, settings, process, clock)
-        finished = step == total or elapsed_ms >= limit_ms
-        every = settings.train_log_every
-        if step > logged and (finished or step <= 10 or (every and step % every == 0)):
-            logged = step
+        batches, elapsed_ms = load_batches(stream, step, clock)
+        finished = step == total or elapsed_ms >= (1000.0 * settings.max_wallclock_seconds or math.inf)
+        if step and (finished or step <= 10 or (every and step % every == 0)):
             log.step("train", step, total, elapsed_ms, train_loss=watch.drain())
         if finished or (settings.val_loss_every and step % settings.val_loss_every == 0):
             clock.stop()
             watch.drain()
-            tokens, window = dataset.val_tokens, settings.window
-            chunks = score_stream(logits, tokens, settings, window, process, "validate")
-            val = account(chunks, dataset, process)
-            validation = {"val_loss": val.val_loss, "val_bpb": val.val_bpb}
-            log.step("validation", step, total, clock.total_ms, **validation)
+            chunks = score_stream(logits, dataset.val_tokens, settings, settings.window, process, "validate")
+            val_loss, val_bpb, *_ = account(chunks, dataset, process)
+            log.step("validation", step, total, clock.total_ms, val_loss=val_loss, val_bpb=val_bpb)
             if finished:
                 break
             clock.start()
@@ -3196,15 +3043,16 @@ def train(
     bar.close()
     if step < total:
         log.line(f"stopping_early: wallclock_cap train_time:{clock.total_ms:.0f}ms step:{step}/{total}")
+    if process.device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        log.line(f"peak memory allocated: {allocated // 2**20} MiB reserved: {reserved // 2**20} MiB")
     weights, numbers = choose_weights(averages, model, batches, process, log)
     numbers |= {"steps": step, "train_seconds": clock.total_ms / 1000, "train_loss": watch.last_good}
-    return weights, numbers | {f"training_{name}": value for name, value in validation.items()}
+    return weights, numbers | {"training_val_loss": val_loss, "training_val_bpb": val_bpb}
 
 
-def export(
-    weights: dict[str, Tensor], dataset: Dataset, settings: Settings, process: Process, path: Path
-) -> None:
-    """Write the artifact on rank 0 while the other ranks wait for it."""
+def export(weights: dict, dataset: Dataset, settings: Settings, process: Process, path: Path) -> Artifact:
+    """Write the artifact on rank 0 while the other ranks wait for it; return what the file holds."""
     failure = None
     try:
         if process.is_main:
@@ -3213,6 +3061,7 @@ def export(
     except (NonFiniteError, OSError) as error:
         failure = error
     process.agree(0.0, failure)
+    return read_artifact(path)
 
 
 def xz_bits_per_byte(dataset: Dataset, log: Log) -> float | None:
@@ -3220,30 +3069,27 @@ def xz_bits_per_byte(dataset: Dataset, log: Log) -> float | None:
     if dataset.manifest is None or not 0 < int(dataset.target_bytes.sum()) <= RAW_TEXT_LIMIT:
         return None
     text = dataset.tokenizer.decode(dataset.val_tokens.tolist())
-    xz_bpb = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
-    line = f"reference: xz -9e on the same {len(text)} bytes: {xz_bpb:.4f} bpb"
-    log.event("reference", line, xz_bpb=xz_bpb)
-    return xz_bpb
+    bpb = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+    log.event("reference", f"reference: xz -9e on the same {len(text)} bytes: {bpb:.4f} bpb", xz_bpb=bpb)
+    return bpb
 
 
 def log_cache(neural: Tensor, mixture: Mixture, dataset: Dataset, log: Log) -> dict[str, object]:
     """Log what the cache gained over the neural prices (N,): by document, by family, along the stream."""
-    bits = [-prices.double().cpu().numpy() / math.log(2) for prices in (neural, mixture.logp)]
-    size = dataset.target_bytes.astype(np.float64)
-    document = np.cumsum(dataset.val_tokens[:-1] == MARKER_ID)
-    document -= document[:1].sum()  # the first document is number 0, marker or not
-    bpb = [float(values.sum() / size.sum()) for values in bits]
-    numbers = {"neural_bpb": bpb[0], "cache_gain_bpb": bpb[0] - bpb[1], "cache_weights": mixture.weights}
-    numbers["cache_gain_interval"] = gain_interval(bits[0] - bits[1], size, document)
-    low, high = numbers["cache_gain_interval"]
-    gain = f"gain:{bpb[0] - bpb[1]:.6f} ({low:.4f} to {high:.4f})"
+    bits = -torch.stack((neural, mixture.logp)).double().cpu().numpy() / math.log(2)  # (2, N)
+    size, markers = dataset.target_bytes.astype(np.float64), dataset.val_tokens[:-1] == MARKER_ID
+    document = np.cumsum(markers) - markers[0]  # the first document is number 0, marker or not
+    alone, mixed = (bits.sum(axis=1) / size.sum()).tolist()
+    low, high = gain_interval(bits[0] - bits[1], size, document)
+    numbers = {"neural_bpb": alone, "cache_gain_bpb": alone - mixed, "cache_weights": mixture.weights}
+    numbers["cache_gain_interval"] = [low, high]
     weights = " ".join(f"{name}:{weight:.3f}" for name, weight in mixture.weights.items())
-    line = f"ngram_cache: neural_bpb:{bpb[0]:.6f} cache_bpb:{bpb[1]:.6f} {gain} mean weights: {weights}"
-    log.event("cache", line, **numbers)
-    sums = [np.cumsum(values) for values in (*bits, size.clip(min=1e-9))]
-    for end in np.linspace(0, len(size), CURVE_POINTS + 1).astype(int)[1:] - 1:
-        alone, mixed, seen = (float(total[end]) for total in sums)
-        log.event("curve", "", tokens=int(end) + 1, neural_bpb=alone / seen, cache_bpb=mixed / seen)
+    gain = f"gain:{alone - mixed:.6f} ({low:.4f} to {high:.4f}) mean weights: {weights}"
+    log.event("cache", f"ngram_cache: neural_bpb:{alone:.6f} cache_bpb:{mixed:.6f} {gain}", **numbers)
+    curve = np.cumsum(bits, axis=1) / np.cumsum(size).clip(min=1e-9)
+    for end in np.linspace(0, len(size), CURVE_POINTS + 1).astype(int)[1:].tolist():
+        alone, mixed = curve[:, end - 1].tolist()
+        log.event("curve", "", tokens=end, neural_bpb=alone, cache_bpb=mixed)
     return numbers
 
 
@@ -3299,78 +3145,53 @@ def evaluate(
     return {**final, "eval_seconds": clock.total_ms / 1000, **reference}
 
 
-def log_start(settings: Settings, process: Process, log: Log) -> str:
-    """Log what a reader needs to repeat the run; return the SHA-256 of this script."""
-    changed = " ".join(f"{name}={value}" for name, value in settings.changed().items())
-    line = f"settings that differ from the defaults: {changed or 'none'}"
-    log.event("settings", line, **dataclasses.asdict(settings))
-    cuda, sha256 = process.device.type == "cuda", file_sha256(Path(__file__))
+def log_start(settings: Settings, process: Process, log: Log, script_sha256: str) -> None:
+    """Log what a reader needs to repeat the run."""
+    changed = " ".join(f"{name}={value}" for name, value in settings.changed().items()) or "none"
+    log.event("settings", f"settings that differ from the defaults: {changed}", **vars(settings))
+    cuda, ranks, slots = process.device.type == "cuda", process.world_size, settings.micro_batch_slots
     device = torch.cuda.get_device_name() if cuda else f"cpu with {torch.get_num_threads()} threads"
-    versions = f"torch:{torch.__version__} python:{platform.python_version()}"
-    log.line(f"{versions} device:{device} script_sha256:{sha256}")
-    slots = settings.micro_batch_slots // process.world_size
-    log.line(f"world_size:{process.world_size} grad_accum_steps:{slots} seed:{settings.seed}")
-    return sha256
+    log.line(f"torch:{torch.__version__} python:{platform.python_version()} device:{device}")
+    log.line(f"script_sha256:{script_sha256}")
+    log.line(f"world_size:{ranks} grad_accum_steps:{slots // ranks} seed:{settings.seed}")
 
 
-def log_data(settings: Settings, dataset: Dataset, log: Log) -> None:
-    """Log what is trained on, what is scored, and how its bytes are counted."""
-    if dataset.stream:
-        shards, tokens = len(dataset.stream.paths), dataset.stream.total
-        log.line(f"train_loader:dataset:{settings.data_path} train_shards:{shards} tokens:{tokens}")
-    log.line(f"val_loader:tokens:{len(dataset.target_bytes)} bytes:{int(dataset.target_bytes.sum())}")
-    rule = "raw bytes, as in the manifest" if dataset.manifest else "the contest's table, no manifest"
-    log.line(f"val_bpb:enabled tokenizer_path={settings.tokenizer_path} bytes:{rule}")
-
-
-def choose_compile(settings: Settings, process: Process) -> bool:
-    """Return whether to compile; raises SettingError where COMPILE=1 asks a CPU without a C++ compiler."""
-    if process.device.type == "cuda":
-        return settings.compile != "0"
-    if settings.compile == "1" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise SettingError("COMPILE=1 needs a C++ compiler on a CPU; install g++ or set COMPILE=0")
-    return settings.compile == "1"
-
-
-def run(
-    settings: Settings, process: Process, run_dir: Path, log: Log, artifact: Artifact | None
-) -> dict[str, object]:
+def run(settings: Settings, process: Process, run_dir: Path, log: Log, artifact: Artifact | None) -> dict:
     """Do the whole run, or score `artifact` if there is one; return all final numbers. Raises RunError."""
-    script_sha256 = log_start(settings, process, log)
+    script, path = Path(__file__), Path(settings.eval_only or run_dir / "artifact.bin")
+    script_sha256, cuda = file_sha256(script), process.device.type == "cuda"
+    log_start(settings, process, log, script_sha256)
     if settings.audit_target:
         clock = Clock(process)
         clock.start()
         return {"audit": audit_report(audit_recorded(settings), log, clock)}
-    path = Path(settings.eval_only) if settings.eval_only else run_dir / "artifact.bin"
     dataset = load_dataset(settings, artifact.tokenizer if artifact else None)
-    log_data(settings, dataset, log)
+    if stream := dataset.stream:
+        log.line(f"train_loader:{settings.data_path} shards:{len(stream.paths)} tokens:{stream.total}")
+    log.line(f"val_loader:tokens:{len(dataset.target_bytes)} bytes:{int(dataset.target_bytes.sum())}")
+    rule = "raw bytes, as in the manifest" if dataset.manifest else "the contest's table, no manifest"
+    log.line(f"val_bpb:enabled tokenizer_path={settings.tokenizer_path} bytes:{rule}")
     if settings.pseudo != "none":
         pseudo_rule(settings.pseudo, settings, settings.gate_head)  # refused before the work, or never
     select_attention(settings, process, log)
-    compiled = choose_compile(settings, process)
+    compiled = settings.compile == "1" or (cuda and settings.compile == "auto")
+    if compiled and not cuda and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise SettingError("COMPILE=1 needs a C++ compiler on a CPU; install g++ or set COMPILE=0")
     numbers: dict[str, object] = {"steps": 0, "train_seconds": 0.0}
     if artifact is None:
-        torch.manual_seed(settings.seed)
-        model = GPT(settings).to(process.device)
-        log.line(f"model_params:{sum(parameter.numel() for parameter in model.parameters())}")
-        weights, numbers = train(model, dataset, settings, process, log, compiled)
-        if process.device.type == "cuda":
-            allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-            log.line(f"peak memory allocated: {allocated // 2**20} MiB reserved: {reserved // 2**20} MiB")
-        export(weights, dataset, settings, process, path)
-        artifact = read_artifact(path)
+        weights, numbers = train(dataset, settings, process, log, compiled)
+        artifact = export(weights, dataset, settings, process, path)
     if artifact.tokenizer_sha256 != dataset.tokenizer.sha256:
         raise DataError(f"TOKENIZER_PATH={settings.tokenizer_path}: {path} was made with another; set that")
-    code, limit = Path(__file__).stat().st_size, settings.artifact_limit_bytes
-    sizes = {"artifact_bytes": artifact.size, "code_bytes": code, "total_bytes": artifact.size + code}
-    line = f"weights:{artifact.size} code:{code} total:{sizes['total_bytes']} limit:{limit} bytes"
-    log.event("artifact", f"artifact:{path} {line}", **sizes)
-    final = evaluate(artifact, dataset, settings, process, log, compiled, path, numbers)
-    hashes = {**dataset.hashes, "artifact_sha256": artifact.sha256, "script_sha256": script_sha256}
-    result = {**final, **numbers, **sizes, "hashes": hashes}
-    seconds = f"train_seconds:{result['train_seconds']:.1f} eval_seconds:{result['eval_seconds']:.1f}"
-    score = f"val_bpb:{result['val_bpb']:.8f} val_loss:{result['val_loss']:.8f}"
-    log.event("result", f"final {score} artifact_bytes:{artifact.size} {seconds}", **result)
+    size, code, limit = artifact.size, script.stat().st_size, settings.artifact_limit_bytes
+    sizes = {"artifact_bytes": size, "code_bytes": code, "total_bytes": size + code}
+    line = f"artifact:{path} weights:{size} code:{code} total:{size + code} limit:{limit} bytes"
+    log.event("artifact", line, **sizes)
+    result = evaluate(artifact, dataset, settings, process, log, compiled, path, numbers) | numbers | sizes
+    result["hashes"] = {"artifact_sha256": artifact.sha256, "script_sha256": script_sha256, **dataset.hashes}
+    score = "final val_bpb:{val_bpb:.8f} val_loss:{val_loss:.8f} artifact_bytes:{artifact_bytes}"
+    seconds = "train_seconds:{train_seconds:.1f} eval_seconds:{eval_seconds:.1f}"
+    log.event("result", f"{score} {seconds}".format(**result), **result)
     return result
 
 
@@ -3387,17 +3208,16 @@ def failure_of(error: BaseException) -> tuple[int, str]:
     return 1, repr(error)
 
 
-def run_and_record(settings: Settings, process: Process, notes: list[str], artifact: Artifact | None) -> int:
+def run_and_record(settings: Settings, process: Process, note: str, artifact: Artifact | None) -> int:
     """Run, write result.json whatever happens, and return the exit code."""
-    started = time.strftime("%Y%m%d-%H%M%S")
-    run_id = process.share(settings.run_id or f"{settings.recipe}-seed{settings.seed}-{started}")
-    run_dir = Path(settings.run_dir or f"runs/{run_id}")
+    run_id = settings.run_id or f"{settings.recipe}-seed{settings.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(settings.run_dir or f"runs/{process.share(run_id)[0]}")
     if settings.eval_only and Path(settings.eval_only).resolve().parent == run_dir.resolve():
         raise SettingError(f"RUN_DIR={run_dir} holds the artifact's own run; name another folder")
     log = Log(process, run_dir)
     for name in ("result.json", "artifact.bin", "audit.json", "receipt.bin") if process.is_main else ():
         (run_dir / name).unlink(missing_ok=True)
-    for note in notes:
+    if note:
         log.line(note)
     record: dict[str, object] = {"exit_code": 0, "run_id": run_id, "recipe": settings.recipe}
     record |= {"seed": settings.seed, "world_size": process.world_size, "settings": settings.changed()}
@@ -3421,21 +3241,19 @@ def run_and_record(settings: Settings, process: Process, notes: list[str], artif
 
 def main(environment: Mapping[str, str]) -> int:
     """Run what `environment` asks for and return the exit code."""
-    mapping, notes, is_main = dict(environment), [], environment.get("RANK", "0") == "0"
-    if "RECIPE" not in mapping and not torch.cuda.is_available():
-        mapping["RECIPE"] = "cpu"
-        notes.append("RECIPE is not set and there is no CUDA device: RECIPE=cpu")
+    code, is_main, note = 0, environment.get("RANK", "0") == "0", ""
+    if "RECIPE" not in environment and not torch.cuda.is_available():
+        environment = {**environment, "RECIPE": "cpu"}
+        note = "RECIPE is not set and there is no CUDA device: RECIPE=cpu"
     try:
-        path = mapping.get("EVAL_ONLY") or mapping.get("ARTIFACT")
+        path = environment.get("EVAL_ONLY") or environment.get("ARTIFACT")
         artifact = read_artifact(Path(path)) if path else None
-        settings = Settings.from_env(mapping, artifact.settings if artifact else None)
-        with open_process(mapping, settings) as process:
-            codec = settings.codec != "none"
-            code = (
-                (run_codec(settings, process, artifact) or 0)
-                if codec
-                else run_and_record(settings, process, notes, artifact)
-            )
+        settings = Settings.from_env(environment, artifact.settings if artifact else None)
+        with open_process(environment, settings) as process:
+            if settings.codec == "none":
+                code = run_and_record(settings, process, note, artifact)
+            else:
+                run_codec(settings, process, artifact)
     except (RunError, OSError, KeyboardInterrupt) as error:
         code, message = failure_of(error)
         if is_main:

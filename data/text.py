@@ -18,6 +18,7 @@ import io
 import json
 import lzma
 import os
+import struct
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -31,13 +32,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_gpt import (
     MARKER_ID,
+    SHARD_HEADER_BYTES,
+    SHARD_MAGIC,
+    SHARD_VERSION,
     WORD_START,
     DataError,
     Settings,
     Tokenizer,
     failure_of,
     file_sha256,
-    shard_header,
     shards_sha256,
     write_atomically,
 )
@@ -122,6 +125,11 @@ def split_of(digest: bytes, tune: bool) -> str | None:
     if tune:
         return {0: None, 1: "val"}.get(remainder, "train")
     return "val" if remainder == 0 else "train"
+
+
+def shard_header(tokens: int) -> bytes:
+    """Return the 1,024-byte header of a shard of `tokens` tokens: 256 little-endian int32."""
+    return struct.pack("<3i", SHARD_MAGIC, SHARD_VERSION, tokens).ljust(SHARD_HEADER_BYTES, b"\0")
 
 
 class ShardWriter:

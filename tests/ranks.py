@@ -33,7 +33,7 @@ def train(settings, process):
         loss = optimizers.gather(loss_of, list(slots[process.rank :: process.world_size]))
         optimizers.step(1.0, 0.9)
     weights = json.dumps({name: p.detach().flatten().tolist() for name, p in model.named_parameters()})
-    same = process.sum(torch.tensor([float(process.share(weights) == weights)])).item()
+    same = process.sum(torch.tensor([float(process.share(weights)[0] == weights)])).item()
     return {"loss": float(loss), "weights": json.loads(weights), "same": same}
 
 
@@ -43,7 +43,7 @@ def main():
         report = {"world_size": process.world_size}
         report["sum"] = process.sum(torch.tensor([1.0 + process.rank, 10.0])).tolist()
         report["elapsed"] = process.agree(100.0 + 50 * process.rank, None)
-        report["shared"] = process.share(f"from rank {process.rank}")
+        report["shared"] = process.share(f"from rank {process.rank}")[0]
         failure = train_gpt.DataError("shard 7 is bad") if process.rank == process.world_size - 1 else None
         try:
             process.agree(0.0, failure)

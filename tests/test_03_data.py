@@ -11,9 +11,10 @@ from conftest import make_documents
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from text import shard_header
 
 import train_gpt
-from train_gpt import DataError, SettingError, Settings, Tokenizer, TokenStream, open_shard, shard_header
+from train_gpt import DataError, SettingError, Settings, Tokenizer, TokenStream, open_shard
 
 
 def write_shard(path, tokens):
@@ -142,7 +143,7 @@ def test_every_text_survives_exactly(tokenizers, data):
     for tokenizer in tokenizers:
         ids = tokenizer.encode(data)
         assert tokenizer.decode(ids) == data
-        assert tokenizer.byte_table(exact=True).base[ids].sum() == len(data) if ids else data == b""
+        assert tokenizer.target_bytes(np.array([1, *ids]), exact=True).sum() == len(data)
 
 
 @hypothesis_settings(max_examples=300, deadline=None)
@@ -200,8 +201,7 @@ def test_what_is_no_tokenizer_is_refused(source, tmp_path):
 def test_exact_bytes_are_the_raw_bytes(tokenizers):
     tokenizer, documents = tokenizers[0], make_documents(20, seed=3)
     ids = [token for document in documents for token in (1, *tokenizer.encode(document))]
-    table = tokenizer.byte_table(exact=True)
-    lengths = table.lengths(np.array(ids[:-1]), np.array(ids[1:]))
+    lengths = tokenizer.target_bytes(np.array(ids), exact=True)
     assert int(lengths.sum()) == sum(map(len, documents))
     assert lengths[np.array(ids[1:]) == 1].sum() == 0
 
@@ -213,8 +213,7 @@ def test_contest_bytes_follow_the_contests_rule(tokenizers, sample_data):
     ):
         if tokens is None:
             tokens = open_shard(sample_data / "fineweb_val_000000.bin")[:200_000].tolist()
-        table = tokenizer.byte_table(exact=False)
-        lengths = table.lengths(np.array(tokens[:-1]), np.array(tokens[1:]))
+        lengths = tokenizer.target_bytes(np.array(tokens), exact=False)
         assert int(lengths.sum()) == reference.contest_bytes(tokenizer.model, tokens)
 
 
@@ -222,8 +221,7 @@ def test_contest_bytes_of_the_sample(sample_data):
     """The shared README counts 2,504,867 bytes of text in this prefix of the contest's validation split."""
     tokenizer = Tokenizer.load(sample_data / "fineweb_1024_bpe.model")
     tokens = open_shard(sample_data / "fineweb_val_000000.bin")
-    table = tokenizer.byte_table(exact=False)
-    assert int(table.lengths(tokens[:-1], tokens[1:]).sum()) == 2_504_867
+    assert int(tokenizer.target_bytes(tokens, exact=False).sum()) == 2_504_867
 
 
 def load(env):

@@ -16,9 +16,10 @@ import fineweb
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from text import shard_header
 
 import train_gpt
-from train_gpt import Settings, load_dataset, open_shard, shard_header
+from train_gpt import Settings, load_dataset, open_shard
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 constants = pytest.importorskip("huggingface_hub.constants")

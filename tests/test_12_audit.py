@@ -14,7 +14,7 @@ import pytest
 import reference
 import text
 import torch
-from conftest import make_documents, result_of
+from conftest import REPOSITORY, make_documents, result_of
 from test_03_data import write_shard
 from test_09_counts import random_tokens, settings_for
 from test_10_mixture import counted_itself, neural_rows, stream_of
@@ -790,6 +790,13 @@ def test_a_recorded_evaluator_passes(recorded, training, evaluator, capsys):
     assert all(f"{name} {entry['deviation']:.2g}" in printed for name, entry in report["conditions"].items())
     assert not (Path(training["RUN_DIR"]) / "artifact.bin").exists()
     assert recorded(logp=evaluator["logp"].astype(np.float64), bytes=evaluator["bytes"].astype(np.int64)) == 0
+
+
+def test_the_readme_describes_conditions_and_the_recorded_file(evaluator):
+    readme = (
+        (REPOSITORY / "README.md").read_text(encoding="utf-8").split("### The audit")[1].split("## Map")[0]
+    )
+    assert all(f"`{name}`" in readme for name in [*CONDITIONS, *evaluator])
 
 
 def bent(values, change, places=slice(None)):

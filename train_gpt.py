@@ -2810,14 +2810,12 @@ def audit_data(dataset: Dataset, score: Score, folder: Path) -> dict[str, list[f
     """Return condition -> [deviation, tolerance] of the bytes and documents of the validation split."""
     pieces = [dataset.tokenizer.pieces[token] for token in dataset.val_tokens.tolist()]
     size, found = sum(map(len, pieces[1:])), {}
-    if dataset.manifest is None:  # a space behind a marker is free in the contest
-        pairs = itertools.pairwise(pieces)
+    if dataset.manifest is None:  # in the contest a space behind a marker is free, but for pure bytes
+        pairs = itertools.pairwise(pieces if dataset.tokenizer.model else [])
         size -= sum(now.startswith(b" ") and not before for before, now in pairs)
     else:
-        shared = [
-            documents(dataset.val_tokens) & documents(open_shard(p)) for p in folder.glob("*_train_*.bin")
-        ]
-        found["disjoint"] = [float(sum(map(len, shared))), 0.0]
+        own, paths = documents(dataset.val_tokens), folder.glob("*_train_*.bin")
+        found["disjoint"] = [float(sum(len(own & documents(open_shard(path))) for path in paths)), 0.0]
     return found | {"bytes": [float(abs(size - score.bytes)), 0.0]}
 
 

@@ -658,6 +658,18 @@ def test_the_contests_table_is_no_count_of_bytes_where_pieces_span_spaces(scorin
     assert report_of(scoring)["broken"] == ["bytes"]
 
 
+def test_a_space_behind_a_marker_is_a_byte_of_pure_bytes(world, tmp_path):
+    folder = tmp_path / "published"
+    shutil.copytree(world / "bytes", folder, ignore=shutil.ignore_patterns("manifest.json"))
+    (val,) = folder.glob("*_val_*.bin")
+    write_shard(val, np.array([1, 4 + 32, 4 + 65, 1, 4 + 32, 4 + 66], dtype=np.uint16))
+    dataset = train_gpt.load_dataset(
+        Settings.from_env({**variables(world, "bytes"), "DATA_PATH": str(folder)})
+    )
+    score = Score(1.0, 1.0, 5, int(dataset.target_bytes.sum()))
+    assert train_gpt.audit_data(dataset, score, folder) == {"bytes": [0.0, 0.0]}
+
+
 CONDITIONS = {
     "normalised": 1e-9,
     "fast is slow": 1e-5,

@@ -1674,7 +1674,7 @@ def account(chunks: Iterable[ScoredChunk], target_bytes: np.ndarray, process: Pr
         raise NonFiniteError(f"the score is {nats} nats; the artifact's weights are unusable, train anew")
     if size == 0:
         raise DataError("the validation targets have no bytes; set TOKENIZER_PATH to the shards' own")
-    return Score(nats / total, bits_per_byte(nats, size), total, size)
+    return Score(nats / total, bits_per_byte(nats, size), int(times_priced.sum()), size)
 
 
 # ============================================================================================================
@@ -2609,8 +2609,8 @@ def audit_spans(scorer, decoder, tokens: np.ndarray, prices: np.ndarray, spans) 
     """Return condition -> [deviation, tolerance], and the receipt of each span: its targets, coded.
 
     `prices` (N,) in nats are what the ledger took in. Both scorers are seen through `predict` alone."""
-    found = dict.fromkeys(("normalised", "fast is slow", "decodes", "coded size"), 0.0)
-    coded = []
+    tolerances = {"normalised": 1e-9, "fast is slow": 1e-5, "decodes": 0.0, "coded size": 0.0}
+    found, coded = {name: [0.0, most] for name, most in tolerances.items()}, []
     for targets in spans:
         data, seen = encode_targets(scorer, tokens, targets)
         ledger_bits = -float(prices[targets].sum()) / math.log(2)
@@ -2624,11 +2624,10 @@ def audit_spans(scorer, decoder, tokens: np.ndarray, prices: np.ndarray, spans) 
             float((decoded != tokens).sum()),
             max(excess, 0.0),
         )
-        found = {name: max(found[name], value) for name, value in zip(found, values, strict=True)}
+        for entry, value in zip(found.values(), values, strict=True):
+            entry[0] = max(entry[0], value)
         coded.append(data)
-    tolerances = (1e-9, 1e-5, 0.0, 0.0)
-    checked = {name: [found[name], most] for name, most in zip(found, tolerances, strict=True)}
-    return checked | {"coverage": [deviation(prices, prices[: len(tokens) - 1]), 0.0]}, coded
+    return found, coded
 
 
 def audit_scorer(scorer, decoder, tokens: np.ndarray, prices: np.ndarray, spans) -> tuple[dict, list[bytes]]:
@@ -2662,24 +2661,24 @@ def audit_recorded(settings: Settings) -> dict[str, list[float]]:
 
     It holds tokens (N + 1,), prices (N,) in nats and bytes (N,) of all targets, val_bpb (), and, of some
     targets (M,), counted from 0 and ascending, logp (M, V)."""
+    tokenizer = Tokenizer.load(Path(settings.tokenizer_path))
     try:
         with np.load(settings.audit_target) as file:
             names = ("tokens", "prices", "bytes", "targets", "logp", "val_bpb")
             tokens, prices, size, targets, logp, val_bpb = (file[name] for name in names)
-        recorded = Recorded(targets, logp)
+        total, recorded = len(tokens) - 1, Recorded(targets, logp)
+        covered = prices.shape == size.shape == (total,)
+        require(covered, f"prices and bytes are not {total} each, as many as tokens less one")
+        require(len(targets) > 0, "it records the distribution of no target")
         found, _ = audit_spans(recorded, recorded, tokens, prices, [targets])
-    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"AUDIT_TARGET={settings.audit_target}: {error}; the README describes the file"
-        ) from error
+        rules = [int(tokenizer.target_bytes(tokens, exact).sum()) for exact in (True, False)]
+        bits = -prices.astype(np.float64).sum() / math.log(2)
+        found["ledger"] = [abs(float(bits / size.sum() - val_bpb)), 1e-6]
+    except (*ARTIFACT_FAULTS, OSError, EOFError, IndexError, zipfile.BadZipFile) as error:
+        text = f"AUDIT_TARGET={settings.audit_target}: {error}; the README describes the file"
+        raise DataError(text) from error
     found["normalised"][1] = 1e-6  # of rows in float32
-    tokenizer = Tokenizer.load(Path(settings.tokenizer_path))
-    rules = [int(tokenizer.target_bytes(tokens, exact).sum()) for exact in (True, False)]
     found["bytes"] = [float(min(abs(int(size.sum()) - rule) for rule in rules)), 0.0]
-    found["ledger"] = [
-        abs(bits_per_byte(-prices.astype(np.float64).sum(), size.sum()) - float(val_bpb)),
-        1e-6,
-    ]
     return found
 
 
@@ -2700,37 +2699,44 @@ def audit_data(dataset: Dataset, score: Score, folder: Path) -> dict[str, list[f
     """Return condition -> [deviation, tolerance] of the bytes and documents of the validation split."""
     pieces = [dataset.tokenizer.pieces[token] for token in dataset.val_tokens.tolist()]
     size, found = sum(map(len, pieces[1:])), {}
-    if dataset.manifest is None:  # a space behind a marker is free in the contest
-        pairs = itertools.pairwise(pieces)
+    if dataset.manifest is None:  # in the contest a space behind a marker is free, but for pure bytes
+        pairs = itertools.pairwise(pieces if dataset.tokenizer.model else [])
         size -= sum(now.startswith(b" ") and not before for before, now in pairs)
     else:
-        shared = [
-            documents(dataset.val_tokens) & documents(open_shard(p)) for p in folder.glob("*_train_*.bin")
-        ]
-        found["disjoint"] = [float(sum(map(len, shared))), 0.0]
+        own, paths = documents(dataset.val_tokens), folder.glob("*_train_*.bin")
+        found["disjoint"] = [float(sum(len(own & documents(open_shard(path))) for path in paths)), 0.0]
     return found | {"bytes": [float(abs(size - score.bytes)), 0.0]}
 
 
-def audit_report(found: dict[str, list[float]], run_dir: Path, log: Log, clock: Clock, **more) -> str:
-    """Write audit.json; return the conditions that are broken, as text."""
-    broken = [name for name, (value, most) in found.items() if not value <= most]
+def audit_report(found: dict[str, list[float]], log: Log, started: float, **more: object) -> str:
+    """Write audit.json; return the conditions that are broken, as text. `started`: of time.perf_counter."""
+    # JSON knows no infinity; what is no number counts as the largest.
+    found = {name: (min(sys.float_info.max, value), most) for name, (value, most) in found.items()}
+    broken = [name for name, (value, most) in found.items() if value > most]
     conditions = {n: {"deviation": value, "tolerance": most} for n, (value, most) in found.items()}
-    clock.stop()
-    seconds = clock.total_ms / 1000
+    seconds = time.perf_counter() - started
     report = {"passed": not broken, "broken": broken, "seconds": seconds, "conditions": conditions, **more}
-    write_atomically(run_dir / "audit.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_atomically(log.folder / "audit.json", (json.dumps(report, indent=2) + "\n").encode())
     verdict = f"broken: {', '.join(broken)}" if broken else "all hold"
-    log.event("audit", f"audit: {len(found)} conditions, {verdict} seconds:{seconds:.1f}", **report)
+    measured = ", ".join(f"{name} {value:.2g}" for name, (value, _) in found.items())
+    log.event("audit", f"audit: {verdict} ({measured}) seconds:{seconds:.1f}", **report)
     return ", ".join(f"{name} is off by {found[name][0]:.3g} (at most {found[name][1]:g})" for name in broken)
 
 
-def audit_run(scorer: Scorer, scored: Scored, score: Score, path: Path, dataset: Dataset, log: Log) -> str:
+def batches_sha256(batches: Iterable[Tensor]) -> str:
+    """Return the SHA-256 of some batches of tokens."""
+    return hashlib.sha256(b"".join(batch.numpy().tobytes() for batch in batches)).hexdigest()
+
+
+def audit_run(
+    scorer: Scorer, scored: Scored, score: Score, path: Path, dataset: Dataset, log: Log, trained: dict
+) -> str:
     """Prove on the artifact at `path` that `score` is a code length; return what is broken, "" if nothing is.
 
     Writes audit.json and receipt.bin beside each other. Two fresh scorers of the file on disk take the parts
-    of encoder and decoder; of the run they get the neural prices of targets before the late span alone."""
-    s, tokens, clock = scorer.settings, dataset.val_tokens, Clock(scorer.process)
-    clock.start()
+    of encoder and decoder; of the run they get the neural prices of targets before the late span alone.
+    `trained`: how many steps, and the hash of the held-out batches that weights were chosen on."""
+    s, tokens, started = scorer.settings, dataset.val_tokens, time.perf_counter()
     artifact, alone = read_artifact(path), Process(0, 1, scorer.process.device)
     model, prices = load_model(artifact, s, alone), scored.mixture.logp.cpu().numpy()
     total = len(tokens) - 1
@@ -2738,6 +2744,7 @@ def audit_run(scorer: Scorer, scored: Scored, score: Score, path: Path, dataset:
     border = next((b for b in begins if b >= 2 * total // 3 + LATE_TARGETS // 2), total)
     late = max(border - LATE_TARGETS // 2, min(HEAD_TARGETS, total))
     spans = [range(min(HEAD_TARGETS, total)), range(late, min(late + LATE_TARGETS, total))]
+    spans = [span for span in spans if span]
     spread = [range(b, b + 1) for b in begins[:: len(begins) // AUDIT_SPREAD + 1] if b < late]
 
     def fresh(logits=None, table=None, **changes: object) -> Scorer:
@@ -2751,15 +2758,20 @@ def audit_run(scorer: Scorer, scored: Scored, score: Score, path: Path, dataset:
     closed, neural = (fresh(**change).prices(head) for change in ({"cache_lr": 0.0}, {"ngram_cache": "none"}))
     found["gate closed"] = [deviation(closed, neural), 0.0]
     found["uniform"] = [deviation(flat.prices(head), uniform), 1e-6]
-    found["ledger"] = [abs(score.val_loss + float(prices.astype(np.float64).sum()) / score.tokens), 1e-6]
-    found["artifact"] = [float(file_sha256(path) != artifact.sha256), 0.0]
+    found["coverage"] = [float(abs(score.tokens - total)), 0.0]
+    bits = -prices.astype(np.float64).sum() / math.log(2)
+    found["ledger"] = [abs(score.val_bpb - bits / score.bytes), 1e-6]
+    used = {name: weight.cpu().numpy() for name, weight in scorer.model.state_dict().items()}
+    found["artifact"] = [max(deviation(used[n], w.numpy()) for n, w in artifact.weights.items()), 0.0]
+    if dataset.stream:
+        slots = range(0, s.micro_batch_slots, scorer.process.world_size)
+        held_out = batches_sha256(dataset.stream.batch(trained["steps"], slot) for slot in slots)
+        found["selection"] = [float(trained["held_out_sha256"] != held_out), 0.0]
     found |= audit_data(dataset, score, Path(s.data_path))
     write_atomically(log.folder / "receipt.bin", b"".join(coded[: len(spans)]))
-    sizes = [
-        {"first": span.start, "targets": len(span), "bytes": len(data)}
-        for span, data in zip(spans, coded, strict=False)
-    ]
-    return audit_report(found, log.folder, log, clock, receipt=sizes)
+    pairs = zip(spans, coded, strict=False)
+    receipt = [{"first": span[0], "targets": len(span), "bytes": len(data)} for span, data in pairs]
+    return audit_report(found, log, started, receipt=receipt)
 
 
 def run_codec(settings: Settings, process: Process, artifact: Artifact) -> None:
@@ -2838,8 +2850,10 @@ def warm_up(model: GPT, losses, stream: TokenStream, process: Process, log: Log)
     model.load_state_dict(saved)
 
 
-def choose_weights(averages: Averages, model: GPT, batches: list, process: Process, log: Log) -> dict:
-    """Return the candidate of least loss on `batches`: training tokens after the last step's, never val."""
+def choose_weights(averages: Averages, model: GPT, batches: list, process: Process, log: Log) -> tuple:
+    """Return the candidate of least loss on `batches`, and their hash as a number of the run.
+
+    They are training tokens after the last step's, never validation tokens."""
     candidates, losses = averages.candidates(), {}
     pairs = [(ids[:, :-1], ids[:, 1:]) for ids in (batch.to(process.device).long() for batch in batches)]
     for name, weights in candidates.items() if len(candidates) > 1 else ():
@@ -2852,7 +2866,8 @@ def choose_weights(averages: Averages, model: GPT, batches: list, process: Proce
     numbers["moved"] = averages.moved(candidates[chosen])
     line = " ".join(f"{name}:{value:.6g}" for name, value in numbers.items())
     log.event("average", f"average:{chosen} {line} of the weights", average=chosen, **numbers)
-    return {name: weight for name, weight in candidates[chosen].items() if not name.startswith("mtp_heads.")}
+    kept = {name: weight for name, weight in candidates[chosen].items() if not name.startswith("mtp_heads.")}
+    return kept, {"held_out_sha256": batches_sha256(batches)}
 
 
 def train(dataset: Dataset, settings: Settings, process: Process, log: Log, compiled: bool) -> tuple:
@@ -2908,9 +2923,9 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
     if process.device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         log.line(f"peak memory allocated: {allocated // 2**20} MiB reserved: {reserved // 2**20} MiB")
-    numbers = {"steps": step, "train_seconds": clock.total_ms / 1000, "train_loss": watch.last_good}
-    numbers |= {"training_val_loss": val_loss, "training_val_bpb": val_bpb}
-    return choose_weights(averages, model, batches, process, log), numbers
+    weights, numbers = choose_weights(averages, model, batches, process, log)
+    numbers |= {"steps": step, "train_seconds": clock.total_ms / 1000, "train_loss": watch.last_good}
+    return weights, numbers | {"training_val_loss": val_loss, "training_val_bpb": val_bpb}
 
 
 def log_cache(scored: Scored, dataset: Dataset, log: Log) -> dict[str, object]:
@@ -2932,7 +2947,14 @@ def log_cache(scored: Scored, dataset: Dataset, log: Log) -> dict[str, object]:
 
 
 def evaluate(
-    artifact: Artifact, dataset: Dataset, settings: Settings, process: Process, log: Log, compiled, path: Path
+    artifact: Artifact,
+    dataset: Dataset,
+    settings: Settings,
+    process: Process,
+    log: Log,
+    compiled,
+    path,
+    trained,
 ) -> dict[str, object]:
     """Return the numbers of the artifact's score on the validation split; a pseudo-score is logged only."""
     tokens, rule, clock = dataset.val_tokens, PSEUDO_RULES.get(settings.pseudo), Clock(process)
@@ -2967,7 +2989,7 @@ def evaluate(
             line = f"reference: xz -9e on the same {len(text)} bytes: {bpb:.4f} bpb"
             log.event("reference", line, xz_bpb=bpb)
         if settings.audit:
-            numbers["audit"] = audit_run(scorer, scored, score, path, dataset, log)
+            numbers["audit"] = audit_run(scorer, scored, score, path, dataset, log, trained)
     return numbers
 
 
@@ -2981,6 +3003,8 @@ def run(settings: Settings, process: Process, log: Log, artifact: Artifact | Non
     log.line(f"torch:{torch.__version__} python:{platform.python_version()} device:{device}")
     log.line(f"script_sha256:{script_sha256}")
     log.line(f"world_size:{ranks} grad_accum_steps:{slots // ranks} seed:{settings.seed}")
+    if settings.audit_target:
+        return {"audit": audit_report(audit_recorded(settings), log, time.perf_counter())}
     dataset = load_dataset(settings, artifact and artifact.tokenizer)
     if stream := dataset.stream:
         log.line(f"train_loader:{settings.data_path} shards:{len(stream.paths)} tokens:{stream.total}")
@@ -3007,7 +3031,7 @@ def run(settings: Settings, process: Process, log: Log, artifact: Artifact | Non
     sizes = {"artifact_bytes": size, "code_bytes": code, "total_bytes": size + code}
     line = f"artifact:{path} weights:{size} code:{code} total:{size + code} limit:{limit} bytes"
     log.event("artifact", line, **sizes)
-    result = evaluate(artifact, dataset, settings, process, log, compiled, path) | numbers | sizes
+    result = evaluate(artifact, dataset, settings, process, log, compiled, path, numbers) | numbers | sizes
     result["hashes"] = {"artifact_sha256": artifact.sha256, "script_sha256": script_sha256, **dataset.hashes}
     score = "final val_bpb:{val_bpb:.8f} val_loss:{val_loss:.8f} artifact_bytes:{artifact_bytes}"
     seconds = "train_seconds:{train_seconds:.1f} eval_seconds:{eval_seconds:.1f}"
@@ -3035,7 +3059,7 @@ def run_and_record(settings: Settings, process: Process, artifact: Artifact | No
     if settings.eval_only and Path(settings.eval_only).resolve().parent == run_dir.resolve():
         raise SettingError(f"RUN_DIR={run_dir} holds the artifact's own run; name another folder")
     log = Log(process, run_dir)
-    for name in ("result.json", "artifact.bin") if process.is_main else ():
+    for name in ("result.json", "artifact.bin", "audit.json", "receipt.bin") if process.is_main else ():
         (run_dir / name).unlink(missing_ok=True)
     if assumed:
         log.line("RECIPE is not set and there is no CUDA device: RECIPE=cpu")
@@ -3043,7 +3067,7 @@ def run_and_record(settings: Settings, process: Process, artifact: Artifact | No
     record |= {"seed": settings.seed, "world_size": process.world_size, "settings": settings.changed()}
     try:
         record |= run(settings, process, log, artifact)
-        if (size := record["total_bytes"]) > (limit := settings.artifact_limit_bytes):
+        if (size := record.get("total_bytes", 0)) > (limit := settings.artifact_limit_bytes):
             raise SizeError(f"{size} bytes of code and weights, over ARTIFACT_LIMIT_BYTES={limit}; shrink it")
         if broken := record.get("audit"):
             raise AuditError(f"the score is not proven: {broken}; see audit.json")

@@ -343,16 +343,16 @@ class Settings:
                 raise SettingError(f"{field.name.upper()}={value!r} is not allowed ({doc}): {fault}")
         s, slots = self, self.micro_batch_slots
         row, val_row = slots * s.train_seq_len, slots * s.window
-        missing = s.codec != "none" and "" in (s.artifact, s.input, s.output)
-        ragged = not (s.eval_only or s.artifact) and s.train_batch_tokens % row
+        loads, missing = s.eval_only or s.codec != "none", "" in (s.artifact, s.input, s.output)
+        ragged = not loads and s.train_batch_tokens % row
         rotary, last = s.rope_dims % 2 or s.rope_dims > s.head_dim, max(s.value_layers, default=0)
         qat = re.fullmatch(r"off|step0|(scale|time):(0\.\d+|1)", s.qat_start)
         no_ema = not s.ema_decay and (s.average == "mean" or s.swa_source == "ema")
         no_qat = s.qat_start == "off" and (s.soft_round_qat or s.crown_q_lambda)
         power = 1 << s.ngram_buckets.bit_length() >> 1
-        gated = s.pseudo == "pr834" or bool(s.eval_only and s.gate_head)
+        gated = s.pseudo == "pr834" or (loads and s.gate_head)
         for name, broken, rule, number in (
-            ("CODEC", missing, "none, or have files", "ARTIFACT, INPUT and OUTPUT"),
+            ("CODEC", s.codec != "none" and missing, "none, or have files", "ARTIFACT, INPUT and OUTPUT"),
             ("MODEL_DIM", s.model_dim % (2 * s.num_heads), "an even multiple of NUM_HEADS", s.num_heads),
             ("NUM_HEADS", s.num_heads % s.num_kv_heads, "a multiple of NUM_KV_HEADS", s.num_kv_heads),
             ("MODEL_DIM", s.head_dim > 512, "at most 512 times NUM_HEADS", s.num_heads),
@@ -479,7 +479,8 @@ class Process:
 
     def progress(self, total: int, label: str) -> tqdm:
         """Return a progress bar that shows on rank 0's terminal only."""
-        return tqdm(total=total, desc=label, leave=False, disable=not (self.is_main and sys.stderr.isatty()))
+        hidden = not (self.is_main and sys.stderr.isatty())
+        return tqdm(range(total), desc=label, leave=False, disable=hidden)
 
 
 @contextlib.contextmanager
@@ -2314,7 +2315,7 @@ class NeuralSteps:
         start = max(((stop - 1 - s.window) // s.eval_stride + 1) * s.eval_stride, 0)
         seen = stop - 1 - start if self.place == (start, stop - 1) else 0
         ids = torch.from_numpy(past[start:].astype(np.int64))[None].to(self.process.device)
-        with torch.no_grad(), self.process.precision():
+        with torch.inference_mode(), self.process.precision():
             logits = self.model.logits(ids, 1, self.memory, seen)
         self.place = (start, stop)
         return logits[0, 0].double().log_softmax(dim=0).cpu().numpy()
@@ -2322,6 +2323,8 @@ class NeuralSteps:
 
 class Followers:
     """What followed one context so far: how often each token, and the last one, where, how often again."""
+
+    __slots__ = ("counts", "hits", "last", "place", "total")  # there are many
 
     def __init__(self) -> None:
         self.counts, self.total, self.hits, self.last, self.place = {}, 0, 0, -1, 0
@@ -2341,85 +2344,76 @@ class SlowCache:
 
     def __init__(self, past: np.ndarray, prices: Tensor, mixture: Mixture, settings: Settings) -> None:
         self.settings, self.prefix, self.places, self.table = settings, past, {}, {}
-        self.families = [re.match(r"([a-z]+)(\d+)", name).groups() for name in list(mixture.weights)[1:]]
-        markers = np.flatnonzero(past == MARKER_ID).tolist()
-        self.document, self.opened = len(markers), markers[-1] if markers else 0
+        self.families = {name: int(re.sub(r"\D", "", name)) - 1 for name in list(mixture.weights)[1:]}
+        self.opened = int(np.flatnonzero(past == MARKER_ID).max(initial=0))  # where the document begins
         self.recent = [0.0] * RECENT + prices[-RECENT:].tolist()
-        self.lead, self.pending, self.end, gate = mixture.lead, [], 0, mixture.gate
-        sizes = [weight.numel() for weight in gate.weights]
-        flats = [flat.double().cpu().split(sizes) for flat in (gate.flat, gate.moment1, gate.moment2)]
-        parts = [[x.view(w.shape) for x, w in zip(flat, gate.weights, strict=True)] for flat in flats]
-        self.gate = [weight.clone().requires_grad_() for weight in parts[0]]
-        self.adam = torch.optim.Adam(self.gate, settings.cache_lr, (0.9, 0.99), 1e-8)
-        for weight, first, second in zip(self.gate, *parts[1:], strict=True):
-            step = torch.tensor(float(gate.updates))
-            self.adam.state[weight] = {"step": step, "exp_avg": first.clone(), "exp_avg_sq": second.clone()}
-        self.plan_chunk(len(past) - 1)
+        self.lead, self.pending, self.now, gate = mixture.lead, [], None, mixture.gate
+        self.shapes = [weight.shape for weight in gate.weights]
+        self.flat, first, second = (x.double().cpu() for x in (gate.flat, gate.moment1, gate.moment2))
+        self.adam = torch.optim.Adam([self.flat.requires_grad_()], settings.cache_lr, (0.9, 0.99))
+        state = {"step": torch.tensor(float(gate.updates)), "exp_avg": first, "exp_avg_sq": second}
+        self.adam.state[self.flat] = state
 
-    def plan_chunk(self, begin: int) -> None:
-        """Set where the chunk that begins at target `begin` ends."""
-        self.end = begin + max(64, min(self.settings.cache_chunk_tokens, begin // 4), begin // 4_096)
-
-    def followers(self, inside: bool, context: tuple[int, ...], complete: bool) -> Followers:
-        """Return what followed `context`, only in this document if `inside`; counted when first asked for."""
-        key = (self.document if inside else -1, *context)
-        if not complete or key in self.table:
-            return self.table[key] if complete else Followers()
-        entry = self.table[key] = Followers()
-        if (newest := context[-1]) not in self.places:
-            self.places[newest] = np.flatnonzero(self.prefix[:-1] == newest)
-        places = self.places[newest]
-        places = places[places >= max(len(context) - 1, self.opened if inside else 0)]
-        for back, token in enumerate(reversed(context)):
-            places = places[self.prefix[places - back] == token]
-        for place in places.tolist():
-            entry.add(int(self.prefix[place + 1]), place)
-        return entry
+    def followers(self, name: str, past: np.ndarray) -> Followers:
+        """Return what followed the context of family `name`; the prefix is counted when first asked for."""
+        length = self.families[name]
+        context, start = past[-length:], self.opened if name.startswith("document") else -1
+        key = (length, start, context.tobytes())  # a context that is still too short never comes again
+        if key not in self.table:
+            entry = self.table[key] = Followers()
+            if (newest := int(context[-1])) not in self.places:
+                self.places[newest] = np.flatnonzero(self.prefix[:-1] == newest)
+            places = self.places[newest]
+            places = places[places >= max(length - 1, start)]
+            for back, token in enumerate(context[::-1]):
+                places = places[self.prefix[places - back] == token]
+            for place in places.tolist():
+                entry.add(int(self.prefix[place + 1]), place)
+        return self.table[key]
 
     def look(self, past: np.ndarray, row: np.ndarray) -> tuple[list, list, list, list]:
         """Return features, rows of the token tables, masked experts, what followed each family's context."""
-        vocab_size, now, known, codes = len(row), len(past) - 1, [], []
-        proposals, neighbour, tail = [vocab_size], -1, past[-self.settings.cache_max_order :].tolist()
-        for kind, order in self.families:
-            length = int(order) - 1
-            entry = self.followers(kind == "document", tuple(tail[-length:]), len(tail) >= length)
+        known = {name: self.followers(name, past) for name in self.families}
+        now, neighbour, longest, codes = len(past) - 1, -1, -1, []
+        for name, entry in known.items():
             seen, last = entry.total, entry.last
-            numbers = (seen, len(entry.counts), now - entry.place if seen else 0)
-            codes += [round(CODE_LOG * math.log1p(number)) for number in numbers]
+            for number in (seen, len(entry.counts), now - entry.place if seen else 0):
+                codes.append(round(CODE_LOG * math.log1p(number)))
             codes += [CODE_ONE * (seen == 1), (CODE_ONE * entry.hits + seen // 2) // max(seen, 1)]
-            codes += [CODE_ONE * (seen > 0 and last == neighbour)]
-            if kind + order in PROPOSERS:
-                proposals.append(last if seen else vocab_size)
-            if kind == "order" and seen:
-                proposals[0] = last
-            neighbour = last
-            known.append(entry)
+            codes.append(CODE_ONE * (seen > 0 and last == neighbour))
+            longest, neighbour = last if seen and name.startswith("order") else longest, last
+        proposals = [longest, *(entry.last for name, entry in known.items() if name in PROPOSERS)]
         entropy, recent = -float((np.exp(row) * row).sum()), self.recent[-RECENT:]
         shared = [1.0, entropy / 4 - 1, math.exp(-entropy), *(recent[-lag] / 4 for lag in (1, 2, 3))]
-        shared += [sum(recent) / RECENT / 2, *(row[t] / 4 if t < vocab_size else 0.0 for t in proposals)]
+        shared += [sum(recent) / RECENT / 2, *(row[t] / 4 if t >= 0 else 0.0 for t in proposals)]
         features = [code / CODE_ONE for code in codes] + [max(x, -6.0) for x in shared]
-        masked = [entry.total == 0 or self.settings.cache_lr == 0 for entry in known]
-        return features, [tail[-1], proposals[0]], [False, *masked, *masked], known
+        masked = [entry.total == 0 or self.settings.cache_lr == 0 for entry in known.values()]
+        rows = [int(past[-1]), longest % (len(row) + 1)]  # no proposal has the row behind the vocabulary
+        return features, rows, [False, *masked, *masked], list(known.values())
 
     def weigh(self, features, rows, masked) -> Tensor:
         """Return the experts' weights (n, experts) for lists of what `look` returns."""
-        into, out, bias, newest, proposed = self.gate
+        parts = self.flat.split([shape.numel() for shape in self.shapes])
+        into, out, bias, newest, proposed = map(Tensor.view, parts, self.shapes)
         rows = torch.tensor(rows) % newest.shape[1]
         hidden = torch.tensor(features, dtype=torch.float64) @ into.t()
         hidden = torch.relu(hidden + newest.t()[rows[:, 0]] + proposed.t()[rows[:, 1]])
         return (hidden @ out.t() + bias[:, 0]).masked_fill(torch.tensor(masked), -math.inf).softmax(dim=1)
 
     def predict(self, past: np.ndarray, row: np.ndarray) -> np.ndarray:
-        """Return the distribution (V,) of the token after `past`; `row`: the neural log-probabilities."""
+        """Return the distribution (V,) of the token after `past`, one longer than at the last call.
+
+        `row`: the neural log-probabilities."""
+        if self.now:
+            self.reveal(int(past[-1]), len(past) - 2)
         *facts, known = self.look(past, row)
-        with torch.no_grad():
-            weights = self.weigh(*([fact] for fact in facts))[0].tolist()
+        with torch.inference_mode():
+            own, *weights = self.weigh(*([fact] for fact in facts))[0].tolist()
         neural = np.exp(row)
-        gated = weights[0] * neural
-        for entry, share, right in zip(known, weights[1:], weights[1 + len(known) :], strict=False):
+        gated = own * neural
+        for entry, share, right in zip(known, weights, weights[len(known) :], strict=False):
             if entry.total:
-                counts = np.fromiter(entry.counts.values(), np.float64, len(entry.counts))
-                gated[list(entry.counts)] += share / entry.total * counts
+                gated[list(entry.counts)] += share / entry.total * np.fromiter(entry.counts.values(), float)
                 gated[entry.last] += right
         self.now = (facts, known, row, gated)
         trust = (1 + math.tanh(self.lead / 2)) / 2
@@ -2436,8 +2430,9 @@ class SlowCache:
         for entry in known:
             entry.add(token, place)
         if token == MARKER_ID:
-            self.document, self.opened = self.document + 1, place + 1
-        if place + 1 == self.end:
+            self.opened = place + 1
+        begin = place + 1 - len(self.pending)
+        if place + 1 - begin == max(64, min(self.settings.cache_chunk_tokens, begin // 4), begin // 4_096):
             *facts, prices = zip(*self.pending, strict=True)
             for _ in range(self.settings.cache_steps):
                 self.adam.zero_grad()
@@ -2445,7 +2440,6 @@ class SlowCache:
                 (-joint.sum(dim=1).log().mean()).backward()
                 self.adam.step()
             self.pending = []
-            self.plan_chunk(place + 1)
 
 
 class Scorer:
@@ -2487,19 +2481,16 @@ class Scorer:
         Unless `past` goes on from the last call's, the slow path starts where the gate's chunk began."""
         first = len(past)
         if not np.array_equal(past[:-1], self.past):
-            self.past, self.slow = None, None
-            self.neural = NeuralSteps(self.model, self.settings, self.process)
+            self.slow, self.neural = None, NeuralSteps(self.model, self.settings, self.process)
             if self.settings.ngram_cache == "exact":
                 begin = max(c.start for c in plan_chunks(len(past), self.settings.cache_chunk_tokens))
                 first, start = begin + 1, past[: begin + 1]
                 scored = self.score(start, None if self.table is None else self.table[:, :begin])
                 self.slow = SlowCache(start, scored.table[0], scored.mixture, self.settings)
         for stop in range(first, len(past) + 1):
-            if self.slow and self.past is not None:
-                self.slow.reveal(int(past[stop - 1]), stop - 2)
-            self.past = past[:stop]
-            row = self.neural.row(self.past)
-            row = self.slow.predict(self.past, row) if self.slow else np.exp(row)
+            row = self.neural.row(past[:stop])
+            row = self.slow.predict(past[:stop], row) if self.slow else np.exp(row)
+        self.past = past
         return row
 
 
@@ -2513,26 +2504,22 @@ def frequencies(row: np.ndarray) -> np.ndarray:
 
 
 class RangeEncoder:
-    """Range coder on integers, 64 bits of state, with carries (Martin 1979)."""
+    """Range coder on integers (Martin 1979): 64 bits of range, all that was coded as one long number."""
 
     def __init__(self) -> None:
-        self.low, self.range, self.bytes = 0, 2**64 - 1, bytearray()
+        self.number, self.bytes, self.range = 0, 8, 2**64 - 1
 
     def encode(self, counts: np.ndarray, token: int) -> None:
         """Code `token`, whose part of the range is counts[token] of counts.sum()."""
         unit = self.range // int(counts.sum())
-        self.low, self.range = self.low + unit * int(counts[:token].sum()), unit * int(counts[token])
-        if self.low >> 64:
-            place = len(self.bytes.rstrip(b"\xff")) - 1
-            self.bytes[place:] = bytes([self.bytes[place] + 1]).ljust(len(self.bytes) - place, b"\0")
+        self.number += unit * int(counts[:token].sum())
+        self.range = unit * int(counts[token])
         while self.range < 2**56:
-            self.bytes.append(self.low >> 56 & 255)
-            self.low, self.range = self.low << 8, self.range << 8
-        self.low &= 2**64 - 1
+            self.number, self.bytes, self.range = self.number << 8, self.bytes + 1, self.range << 8
 
     def finish(self) -> bytes:
         """Return all that was coded."""
-        return bytes(self.bytes) + self.low.to_bytes(8, "big")
+        return self.number.to_bytes(self.bytes, "big")
 
 
 class RangeDecoder:
@@ -2553,30 +2540,28 @@ class RangeDecoder:
         return token
 
 
-def encode_targets(scorer, tokens: np.ndarray, targets, bar=None) -> tuple[bytes, np.ndarray]:
+def encode_targets(scorer, tokens: np.ndarray, targets) -> tuple[bytes, np.ndarray]:
     """Code `targets` of `tokens`; return the bytes, and of each row its sum and the target's part, (n, 2)."""
     encoder, seen = RangeEncoder(), []
     for target in targets:
         row, token = scorer.predict(tokens[: target + 1]), int(tokens[target + 1])
         encoder.encode(frequencies(row), token)
         seen.append((row.sum(), row[token]))
-        _ = bar and bar.update()
     return encoder.finish(), np.array(seen).reshape(-1, 2)
 
 
-def decode_targets(scorer, tokens: np.ndarray, targets, data: bytes, bar=None) -> None:
+def decode_targets(scorer, tokens: np.ndarray, targets, data: bytes) -> None:
     """Fill `targets` into `tokens`, in place, one after the other; `scorer` sees those before."""
     decoder = RangeDecoder(data)
     for target in targets:
         tokens[target + 1] = decoder.decode(frequencies(scorer.predict(tokens[: target + 1])))
-        _ = bar and bar.update()
 
 
 def compress_text(data: bytes, scorer: Scorer, tokenizer: Tokenizer, artifact: str) -> bytes:
     """Return `data` as a file that only the artifact of this SHA-256 opens; its targets follow a marker."""
     tokens = np.array([MARKER_ID, *tokenizer.encode(data)], dtype=np.uint16)
-    with scorer.process.progress(len(tokens) - 1, "compress") as bar:
-        coded, _ = encode_targets(scorer, tokens, range(len(tokens) - 1), bar)
+    with scorer.process.progress(len(tokens) - 1, "compress") as targets:
+        coded, _ = encode_targets(scorer, tokens, targets)
     sizes = (bytes.fromhex(artifact), len(tokens) - 1, len(data), hashlib.sha256(data).digest())
     body = CODEC_PREFIX.pack(CODEC_MAGIC, CODEC_VERSION, *sizes) + coded
     return body + hashlib.sha256(body).digest()
@@ -2584,18 +2569,22 @@ def compress_text(data: bytes, scorer: Scorer, tokenizer: Tokenizer, artifact: s
 
 def decompress_text(packed: bytes, scorer: Scorer, tokenizer: Tokenizer, artifact: str) -> bytes:
     """Return what `compress_text` was given; raises ValueError where file and artifact do not go together."""
-    intact = packed.startswith(CODEC_MAGIC) and len(packed) >= CODEC_PREFIX.size + 32
-    require(intact, "it is not a file that CODEC=compress wrote")
+    whole = packed.startswith(CODEC_MAGIC) and len(packed) >= CODEC_PREFIX.size + 32
+    require(whole, "it is not a file that CODEC=compress wrote")
     require(hashlib.sha256(packed[:-32]).digest() == packed[-32:], "it is truncated or altered")
     _, version, named, count, size, sha256 = CODEC_PREFIX.unpack_from(packed)
     require(version == CODEC_VERSION, f"format version {version}, this script reads version {CODEC_VERSION}")
     require(named.hex() == artifact, f"it was made with artifact {named.hex()}, this one is {artifact}")
-    require(count <= size, f"its header claims {count} tokens for {size} bytes")
+    coded, vocab_size = packed[CODEC_PREFIX.size : -32], scorer.settings.vocab_size
+    # Each token takes its share off the range; the other tokens have one frequency each at least.
+    possible = count <= size and count * (vocab_size - 1) <= 8 * len(coded) << FREQUENCY_BITS
+    require(possible, f"its header claims {count} tokens for {size} bytes, {len(coded)} of them coded")
     tokens = np.full(count + 1, MARKER_ID, dtype=np.uint16)
-    with scorer.process.progress(count, "decompress") as bar:
-        decode_targets(scorer, tokens, range(count), packed[CODEC_PREFIX.size : -32], bar)
+    with scorer.process.progress(count, "decompress") as targets:
+        decode_targets(scorer, tokens, targets, coded)
     data = tokenizer.decode(tokens[1:].tolist())
-    require(hashlib.sha256(data).digest() == sha256, "it decodes to something else on this machine")
+    same = len(data) == size and hashlib.sha256(data).digest() == sha256
+    require(same, "it decodes to something else, with other settings or on a machine that rounds differently")
     return data
 
 
@@ -2775,23 +2764,29 @@ def audit_run(
 
 
 def run_codec(settings: Settings, process: Process, artifact: Artifact) -> None:
-    """Compress or decompress INPUT to OUTPUT with `artifact`; on one thread, for the same bits anywhere."""
+    """Compress or decompress INPUT to OUTPUT with `artifact`; on one thread, for the same bits each time."""
     torch.set_num_threads(1)
+    source, target, start = Path(settings.input), Path(settings.output), time.perf_counter()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    taken = target.resolve() in (source.resolve(), Path(settings.artifact).resolve())
+    if taken or target.is_dir() or not os.access(target.parent, os.W_OK):
+        raise SettingError(f"OUTPUT={target} is INPUT, ARTIFACT or a folder, or locked; name another file")
     tokenizer = artifact.tokenizer or Tokenizer.load(Path(settings.tokenizer_path))
     if tokenizer.sha256 != artifact.tokenizer_sha256:
         raise DataError(f"TOKENIZER_PATH={settings.tokenizer_path} is not the artifact's tokenizer; set that")
-    scorer, start = Scorer(load_model(artifact, settings, process), settings, process), time.perf_counter()
-    code = {"compress": compress_text, "decompress": decompress_text}[settings.codec]
+    scorer = Scorer(load_model(artifact, settings, process), settings, process)
+    work = {"compress": compress_text, "decompress": decompress_text}[settings.codec]
     try:
-        data = Path(settings.input).read_bytes()
-        result = code(data, scorer, tokenizer, artifact.sha256)
-    except ValueError as error:
-        raise DataError(f"INPUT={settings.input}: {error}; name another file or artifact") from error
-    write_atomically(Path(settings.output), result)
-    packed, raw = sorted((data, result), key=lambda text: not text.startswith(CODEC_MAGIC))
-    seconds = time.perf_counter() - start
-    line = f"{settings.codec}: {len(raw)} bytes of text, {len(packed)} coded, seconds:{seconds:.1f}"
-    print(f"{line} bits_per_byte:{8 * len(packed) / max(len(raw), 1):.4f}")
+        data = source.read_bytes()
+        result = work(data, scorer, tokenizer, artifact.sha256)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"INPUT={source}: {reason}; name another file or artifact") from error
+    write_atomically(target, result)
+    text, coded = (data, result) if settings.codec == "compress" else (result, data)
+    bits, seconds = 8 * len(coded) / max(len(text), 1), time.perf_counter() - start
+    line = f"{settings.codec}: {len(text)} bytes of text, {len(coded)} coded"
+    print(f"{line}, bits_per_byte:{bits:.4f} seconds:{seconds:.1f}")
 
 
 # ============================================================================================================
@@ -3085,13 +3080,14 @@ def main(environment: Mapping[str, str]) -> int:
     assumed = "RECIPE" not in environment and not torch.cuda.is_available()
     environment = {**environment, "RECIPE": "cpu"} if assumed else environment
     try:
-        path = environment.get("EVAL_ONLY") or environment.get("ARTIFACT")
+        codec = environment.get("CODEC", "none") != "none"
+        path = environment.get("ARTIFACT" if codec else "EVAL_ONLY")
         artifact = read_artifact(Path(path)) if path else None
         settings = Settings.from_env(environment, artifact and artifact.settings)
         with open_process(environment, settings) as process:
-            if settings.codec == "none":
+            if not codec:
                 run_and_record(settings, process, artifact, assumed)
-            else:
+            elif process.is_main:
                 run_codec(settings, process, artifact)
         return 0
     except (RunError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:

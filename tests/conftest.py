@@ -75,6 +75,25 @@ def dataset_dir(corpus, tmp_path_factory):
     return folder
 
 
+def write_artifact(path, tokenizer, embed=True, scale=0.3, **settings):
+    """Write an artifact of random weights with standard deviation `scale`; by default the smoke recipe's."""
+    settings = train_gpt.Settings.from_env(
+        {"RECIPE": "smoke", "VOCAB_SIZE": str(len(tokenizer.pieces)), **settings}
+    )
+    torch.manual_seed(0)
+    weights = {name: scale * torch.randn_like(w) for name, w in train_gpt.GPT(settings).state_dict().items()}
+    path.write_bytes(train_gpt.pack_artifact(weights, settings, tokenizer, embed))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(dataset_dir, tmp_path_factory):
+    """A small artifact of random weights that carries the dataset's tokenizer."""
+    tokenizer = train_gpt.Tokenizer.load(dataset_dir / "tokenizer.model")
+    small = {"NUM_LAYERS": "2", "MODEL_DIM": "16", "CACHE_HIDDEN": "8"}
+    return write_artifact(tmp_path_factory.mktemp("artifact") / "artifact.bin", tokenizer, **small)
+
+
 @pytest.fixture
 def env(dataset_dir, tmp_path):
     """Variables of a run that takes about a second and writes to its own folder."""

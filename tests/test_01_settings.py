@@ -229,6 +229,10 @@ ACTS = {
     "EVAL_ONLY": "/nowhere/artifact.bin",
     "AUDIT": "1",
     "AUDIT_TARGET": "/nowhere/recorded.npz",
+    "CODEC": "decompress",
+    "ARTIFACT": "/nowhere/artifact.bin",
+    "INPUT": "/nowhere/text",
+    "OUTPUT": "elsewhere",
     "RUN_ID": "named",
     "RUN_DIR": "elsewhere",
     "NGRAM_CACHE": "none",
@@ -263,6 +267,8 @@ PSEUDO = {"PSEUDO": "pr864", "NGRAM_CHUNK_TOKENS": "50"}
 BASE |= {"GATE_HEAD": {"PSEUDO": "pr834", "GATE_HEAD": "1"}}
 RULES = ("NGRAM_M", "NGRAM_B", "NGRAM_A", "NGRAM_CH", "PSEUDO_SAMPLE")
 BASE |= {name: PSEUDO for name in ACTS if name.startswith(RULES)}
+CODEC = ("CODEC", "ARTIFACT", "INPUT", "OUTPUT")
+BASE |= {name: {"CODEC": "compress", "INPUT": "text", "OUTPUT": "coded"} for name in CODEC}
 
 
 def observe(env, monkeypatch, tmp_path):
@@ -291,7 +297,10 @@ def observe(env, monkeypatch, tmp_path):
     seen["exit"] = train_gpt.main(env)
     seen["folders"] = sorted(p.parent.name for p in tmp_path.rglob("result.json"))
     run_dirs = [p.parent for p in tmp_path.rglob("result.json")]
-    if seen["exit"] == 0:
+    seen["coded"] = sorted(
+        p.name for p in tmp_path.glob("*") if p.is_file() and p.read_bytes().startswith(train_gpt.CODEC_MAGIC)
+    )
+    if run_dirs and seen["exit"] == 0:
         env = {**env, "RUN_DIR": str(run_dirs[0])}
         result = result_of(env)
         artifact = train_gpt.read_artifact(run_dirs[0] / "artifact.bin")
@@ -323,8 +332,15 @@ def test_every_setting_is_in_the_table():
 
 
 @pytest.mark.parametrize("name", ACTS)
-def test_every_setting_acts(name, env, monkeypatch, tmp_path, observed_bases):
-    base = {**env, "RUN_DIR": "run", "WARMUP_STEPS": "0", **BASE.get(name, {})}
+def test_every_setting_acts(name, env, monkeypatch, tmp_path, observed_bases, tiny_artifact):
+    (tmp_path / "text").write_bytes(b"text to code")
+    base = {
+        **env,
+        "RUN_DIR": "run",
+        "WARMUP_STEPS": "0",
+        "ARTIFACT": str(tiny_artifact),
+        **BASE.get(name, {}),
+    }
     key = json.dumps({k: v for k, v in base.items() if "tmp" not in v})
     if key not in observed_bases:
         observed_bases[key] = observe(base, monkeypatch, tmp_path)

@@ -2,6 +2,10 @@
 
 One file, read from top to bottom; every section uses only what stands above it.
 
+    environment -> Settings -> shards -> GPT.logits -> Optimizers -> Averages -> artifact.bin --(disk)--> GPT
+                                                                                                           |
+             result.json <- account (nats, tokens, bytes) <- mix_prices <- ScoredChunk <-------------------+
+
     section                        comes in                  goes out
     1  SETTINGS                    environment mapping       Settings, frozen and checked
     2  PROCESS AND LOG             Settings, torchrun        Process (rank, device), Log, Clock
@@ -10,7 +14,7 @@ One file, read from top to bottom; every section uses only what stands above it.
     5  OPTIMIZER                   gradients                 weights one step on
     6  AVERAGING                   weights of every step     averaged weights
     7  QUANTIZATION AND ARTIFACT   weights                   one file, and weights back from it
-    8  NEURAL SCORING              model, tokens             ScoredChunk stream, Ledger -> bits per byte
+    8  NEURAL SCORING              model, tokens             ScoredChunk stream, account -> bits per byte
     9  EXACT COUNTS                tokens                    Recall: what was seen before each target
     10  MIXTURE                    ScoredChunks, Recall      prices of the mixture -> val_bpb
     11  HASHED PSEUDO-SCORES       recorded stream           figures that are no scores
@@ -38,8 +42,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
-import io
 import itertools
 import json
 import lzma
@@ -77,8 +81,6 @@ from tqdm import tqdm
 
 class RunError(Exception):
     """A failure the user can mend: one line that names the thing, its value, the rule and the remedy."""
-
-    exit_code = 1
 
     def __init_subclass__(cls, exit_code: int) -> None:
         cls.exit_code = exit_code
@@ -147,20 +149,19 @@ RECIPES = {
         MATRIX_BITS=6 LOOKUP_BITS=6 EMBED_BITS=16 PSEUDO=pr864""",
 }
 
-# Names of other submissions: those that a setting here stands for, old:new, and those that none does.
-RENAMED = """LEAKY_RELU:MLP_ACTIVATION MLP_MULT_ENCODER:MLP_MULT MLP_MULT_DECODER:MLP_MULT SWA_ENABLED:AVERAGE
+# Names of other submissions, old:new where a setting here stands for one, old: where none does.
+REFUSED = """LEAKY_RELU:MLP_ACTIVATION MLP_MULT_ENCODER:MLP_MULT MLP_MULT_DECODER:MLP_MULT SWA_ENABLED:AVERAGE
     VE_ENABLED:VE_LAYERS USE_BIGRAMHASH:BIGRAM_VOCAB_SIZE USE_SMEARGATE:SMEAR_GATE INT6_LAST_N:MATRIX_BITS
     USE_VALUE_RESIDUAL:VALUE_RESIDUAL USE_GATED_ATTENTION:GATED_ATTN SWA_START_FRAC:SWA_START_SCALE
     QAT_ENABLED:QAT_START LATE_QAT_THRESHOLD:QAT_START USE_LATE_QAT:QAT_START QAT_TIME_FRAC:QAT_START
     NGRAM_ORDER:NGRAM_MAX_ORDER NGRAM_ENT_BASE:NGRAM_ALPHA_MIN NGRAM_ENABLED:PSEUDO NGRAM_EVAL:PSEUDO
     USE_MIXER:PSEUDO MIXER_HEAD:GATE_HEAD USE_EMA:EMA_DECAY TTT_ONLY:EVAL_ONLY SKIP_SLIDING:EVAL_STRIDE
     RUN_CONFIG:RECIPE WEIGHT_DECAY:MUON_WD+ADAM_WD GRAD_ACCUM_STEPS:MICRO_BATCH_SLOTS
-    NGRAM_ALPHA:NGRAM_ALPHA_MIN+NGRAM_ALPHA_MAX NGRAM_ENT_RANGE:NGRAM_ALPHA_MAX"""
-UNREAD = """CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS MUON_BETA2 MIXER_ETA PPM_ALPHA
-    USE_CACHE CACHE_ALPHA NGRAM_TWO_PASS NGRAM_RESCORE_CHUNKS NGRAM_MIN_ORDER NGRAM_ENT_SCALE NGRAM_ENT_THRESH
-    NGRAM_ENTROPY_CENTER NGRAM_ENTROPY_SCALE"""
-REFUSED_NAMES = {old: f"set {new}" for old, new in (pair.split(":") for pair in RENAMED.split())}
-REFUSED_NAMES |= dict.fromkeys(UNREAD.split(), "nothing would read it, unset it")
+    NGRAM_ALPHA:NGRAM_ALPHA_MIN+NGRAM_ALPHA_MAX NGRAM_ENT_RANGE:NGRAM_ALPHA_MAX CONTROL_TENSOR_NAME_PATTERNS:
+    INT8_KEEP_FLOAT_FP32_NAME_PATTERNS: MUON_BETA2: MIXER_ETA: PPM_ALPHA: USE_CACHE: CACHE_ALPHA:
+    NGRAM_TWO_PASS: NGRAM_RESCORE_CHUNKS: NGRAM_MIN_ORDER: NGRAM_ENT_SCALE: NGRAM_ENT_THRESH:
+    NGRAM_ENTROPY_CENTER: NGRAM_ENTROPY_SCALE:"""
+REFUSED_NAMES = {old: f" here: set {new or 'nothing'}" for old, new in re.findall(r"(\w+):(\S*)", REFUSED)}
 # Variables of other tools whose names come close to a setting's.
 OTHER_TOOLS = {"COMPILER", "MODEL_DIR", "DATASET_PATH", "OMP_NUM_THREADS"}
 
@@ -181,13 +182,12 @@ def parse_setting(field: dataclasses.Field, text: str):
     """Return `text` as the type of `field`; a bool is 0 or 1 and nothing else, a number is finite."""
     if field.type == "str":
         return text
-    rules = {"bool": "0 (off) or 1 (on)", "int": "a whole number", "float": "a finite number"}
+    rule = {"bool": "0 (off) or 1 (on)", "int": "a whole number", "float": "a finite number"}[field.type]
     convert = {"bool": {"0": False, "1": True}.__getitem__, "int": int, "float": float}[field.type]
     with contextlib.suppress(ValueError, KeyError, OverflowError):
         if math.isfinite(value := convert(text)):
             return value
-    name = field.name.upper()
-    raise SettingError(f"{name}={text!r} is not {rules[field.type]}; the default is {field.default}")
+    raise SettingError(f"{field.name.upper()}={text!r} is not {rule}; the default is {field.default}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,38 +321,29 @@ class Settings:
         Raises SettingError naming variable, value, rule and remedy. Pure: looks at its arguments only."""
         fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
         for name in sorted(mapping.keys() - fields.keys() - OTHER_TOOLS):
-            text = f"{name}={mapping[name]!r} is not a setting"
-            if name in REFUSED_NAMES:
-                raise SettingError(f"{text} here: {REFUSED_NAMES[name]}")
-            if name.isupper() and (close := difflib.get_close_matches(name, sorted(fields), 1, 0.85)):
-                raise SettingError(f"{text}; rename it to {close[0]} or unset it")
-
-        def parse(texts: Mapping[str, str]) -> dict[str, object]:
-            return {f.name: parse_setting(f, texts[name]) for name, f in fields.items() if name in texts}
-
-        by_hand, stored = parse(mapping), stored or {}
-        row = RECIPES.get(by_hand.get("recipe", cls.recipe), "").split()
+            close = name.isupper() and difflib.get_close_matches(name, sorted(fields), 1, 0.85)
+            if fault := REFUSED_NAMES.get(name) or (close and f"; rename it to {close[0]} or unset it"):
+                raise SettingError(f"{name}={mapping[name]!r} is not a setting{fault}")
+        row = dict(pair.split("=", 1) for pair in RECIPES.get(mapping.get("RECIPE", cls.recipe), "").split())
+        stored, values = stored or {}, {}
         for name, field in fields.items():
-            hand, value = by_hand.get(field.name), stored.get(field.name)
-            if field.metadata["stored"] == "shape" and None not in (hand, value) and hand != value:
-                raise SettingError(f"{name}={hand!r} contradicts the artifact's {value!r}; unset {name}")
-        return cls(**{**parse(dict(pair.split("=", 1) for pair in row)), **stored, **by_hand})
+            if name in mapping or (name in row and field.name not in stored):
+                values[field.name] = value = parse_setting(field, mapping.get(name, row.get(name)))
+                if field.metadata["stored"] == "shape" and value != (kept := stored.get(field.name, value)):
+                    raise SettingError(f"{name}={value!r} contradicts the artifact's {kept!r}; unset {name}")
+        return cls(**{**stored, **values})
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, (doc, low, high, choices, _) = getattr(self, field.name), field.metadata.values()
             fault = choices and value not in choices and f"choose one of {', '.join(map(str, choices))}"
-            if low is not None and not value >= low:
-                fault = f"raise it to {low} at least"
-            if high is not None and not value <= high:
-                fault = f"lower it to {high} at most"
+            fault = fault or (low is not None and not value >= low and f"raise it to {low} at least")
+            fault = fault or (high is not None and not value <= high and f"lower it to {high} at most")
             if fault:
                 raise SettingError(f"{field.name.upper()}={value!r} is not allowed ({doc}): {fault}")
         s, slots = self, self.micro_batch_slots
         row, val_row = slots * s.train_seq_len, slots * s.window
-        files = ("artifact", "input", "output")
-        missing = s.codec != "none" and not all(getattr(s, name) for name in files)
-        loads = bool(s.eval_only) or s.codec != "none"
+        loads, missing = s.eval_only or s.codec != "none", "" in (s.artifact, s.input, s.output)
         ragged = not loads and s.train_batch_tokens % row
         rotary, last = s.rope_dims % 2 or s.rope_dims > s.head_dim, max(s.value_layers, default=0)
         qat = re.fullmatch(r"off|step0|(scale|time):(0\.\d+|1)", s.qat_start)
@@ -361,7 +352,7 @@ class Settings:
         power = 1 << s.ngram_buckets.bit_length() >> 1
         gated = s.pseudo == "pr834" or (loads and s.gate_head)
         for name, broken, rule, number in (
-            ("CODEC", missing, "none, or have files", "ARTIFACT, INPUT and OUTPUT"),
+            ("CODEC", s.codec != "none" and missing, "none, or have files", "ARTIFACT, INPUT and OUTPUT"),
             ("MODEL_DIM", s.model_dim % (2 * s.num_heads), "an even multiple of NUM_HEADS", s.num_heads),
             ("NUM_HEADS", s.num_heads % s.num_kv_heads, "a multiple of NUM_KV_HEADS", s.num_kv_heads),
             ("MODEL_DIM", s.head_dim > 512, "at most 512 times NUM_HEADS", s.num_heads),
@@ -379,7 +370,7 @@ class Settings:
             ("QAT_START", no_qat, "on for SOFT_ROUND_QAT and CROWN_Q_LAMBDA", s.crown_q_lambda),
         ):
             if broken:
-                value = getattr(self, name.lower())
+                value = getattr(s, name.lower())
                 raise SettingError(f"{name}={value!r} must be {rule} ({number}); change one of them")
 
     @property
@@ -404,8 +395,8 @@ class Settings:
 
     def stored_values(self, kinds: tuple[str, ...] = ("shape", "scoring")) -> dict[str, object]:
         """Return what an artifact keeps: the settings its weights or its score depend on."""
-        stored = [field.name for field in dataclasses.fields(self) if field.metadata["stored"] in kinds]
-        return {name: getattr(self, name) for name in stored}
+        fields = dataclasses.fields(self)
+        return {f.name: getattr(self, f.name) for f in fields if f.metadata["stored"] in kinds}
 
     def changed(self) -> dict[str, object]:
         """Return the settings that differ from the defaults, by variable name."""
@@ -444,12 +435,10 @@ class Process:
 
     def start_sum(self, bank: Tensor, own_only: bool) -> list:
         """Start adding `bank` (`own_only`: `own(bank)` alone) over all ranks; wait for the handles."""
-        if self.world_size == 1:
-            return []
         # Where ranks have no GPU the sum is whole in any case: gloo has not always had a reduce-scatter.
-        if own_only and bank.is_cuda:
+        if self.world_size > 1 and own_only and bank.is_cuda:
             return [dist.reduce_scatter(self.own(bank), list(bank.chunk(self.world_size)), async_op=True)]
-        return [dist.all_reduce(bank, async_op=True)]
+        return [dist.all_reduce(bank, async_op=True)] if self.world_size > 1 else []
 
     def start_gather(self, bank: Tensor) -> list:
         """Start filling `bank` with every rank's own slice; wait for the handles."""
@@ -463,13 +452,21 @@ class Process:
             dist.all_gather_object(values, value)
         return values
 
-    def agree(self, elapsed_ms: float, failure: Exception | None) -> float:
-        """Return rank 0's `elapsed_ms` on every rank; raise on every rank if any rank brings a `failure`."""
-        mine = [elapsed_ms if self.is_main else 0.0, failure is not None]
-        agreed_ms, failed = self.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
-        if failed:
+    def agree(self, elapsed_ms: float) -> float:
+        """Return rank 0's `elapsed_ms` on every rank."""
+        mine = elapsed_ms if self.is_main else 0.0
+        return self.sum(torch.tensor(mine, dtype=torch.float64)).item()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise on every rank the RunError or OSError that one meets in the body: nobody waits for it."""
+        failure = None
+        try:
+            yield
+        except (RunError, OSError) as error:
+            failure = error
+        if self.sum(torch.tensor(float(failure is not None))):
             raise next(error for error in self.share(failure) if error)
-        return agreed_ms
 
     def synchronize(self) -> None:
         """Wait until the device has done everything it was given."""
@@ -504,9 +501,8 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
     if gpus:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    else:
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(not gpus)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(settings.seed)
     with contextlib.ExitStack() as stack:
         if world_size > 1:
@@ -526,15 +522,14 @@ class Log:
 
     def line(self, text: str, console=None) -> None:
         """Write `text` to the console (standard output, or another stream) and to run.log."""
-        if self.files:
+        if self.files and text:
             tqdm.write(text, file=console)
             sys.stdout.flush()
             self.files[0].write(text + "\n")
 
     def event(self, event: str, line: str, **values: object) -> None:
         """Write `line`, if any, for people and {"event": event, **values} for programs."""
-        if line:
-            self.line(line)
+        self.line(line)
         if self.files:
             self.files[1].write(json.dumps({"event": event, **values}) + "\n")
 
@@ -545,9 +540,9 @@ class Log:
         self.event(event, line, step=step, train_time_ms=train_time_ms, **values)
 
     def close(self, error: object = None) -> None:
-        """Write the error that ended the run, if one did (console: stderr), and close both files."""
-        if error:
-            self.line(f"error: {error}", sys.stderr)
+        """Write the error that ended the run, if one did, to run.log and close both files."""
+        if error and self.files:
+            self.files[0].write(f"error: {error}\n")
         for file in self.files:
             file.close()
 
@@ -608,8 +603,7 @@ def shards_sha256(paths: list[Path]) -> str:
 
 def open_shard(path: Path) -> np.ndarray:
     """Return a shard's tokens, memory-mapped uint16; raises DataError naming the file and its fault."""
-    start = np.fromfile(path, np.uint8, 12).tobytes().ljust(12, b"\0")
-    magic, version, tokens = np.frombuffer(start, "<i4").tolist()
+    magic, version, tokens = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0][:3]
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         rule = f"{SHARD_MAGIC} or shard version {version} is not {SHARD_VERSION}"
         raise DataError(f"{path}: magic number {magic} is not {rule}; make the shard anew")
@@ -701,9 +695,8 @@ class Tokenizer:
         """Return a token's raw bytes: markers none, byte pieces one, others text with U+2581 as space."""
         if self.model.is_control(token) or self.model.is_unknown(token) or self.model.is_unused(token):
             return b""
-        text = self.model.id_to_piece(token)
-        spaced = text.replace(WORD_START, " ").encode()
-        return bytes.fromhex(text[3:5]) if self.model.is_byte(token) else spaced
+        text = self.model.id_to_piece(token).replace(WORD_START, " ")
+        return bytes.fromhex(text[3:5]) if self.model.is_byte(token) else text.encode()
 
     def target_bytes(self, tokens: np.ndarray, exact: bool) -> np.ndarray:
         """Return the bytes of tokens (N + 1,) without the first, uint16 (N,): those of the raw documents
@@ -712,12 +705,10 @@ class Tokenizer:
         size = np.array([len(piece) for piece in self.pieces], dtype=np.uint16)
         if exact or self.model is None:
             return size[tokens[1:]]
-        marker, spaced = size == 0, np.zeros(len(size), dtype=bool)
-        for token in np.flatnonzero(~marker).tolist():
-            text = self.model.id_to_piece(token)
-            spaced[token] = text.startswith(WORD_START)
-            size[token] = 1 if self.model.is_byte(token) else len(text.removeprefix(WORD_START).encode())
-        return size[tokens[1:]] + (spaced[tokens[1:]] & ~marker[tokens[:-1]])
+        texts = [self.model.id_to_piece(token) if piece else "" for token, piece in enumerate(self.pieces)]
+        spaced = np.array([text.startswith(WORD_START) for text in texts])
+        size += np.array([2 * text.count(WORD_START, 1) for text in texts], dtype=np.uint16)  # 3 bytes inside
+        return size[tokens[1:]] - (spaced[tokens[1:]] & (size == 0)[tokens[:-1]])
 
     def encode(self, data: bytes) -> list[int]:
         """Return token ids with `decode(encode(data)) == data` for any bytes: pieces where they are the text,
@@ -757,15 +748,18 @@ class Dataset(NamedTuple):
     hashes: dict[str, str]
 
 
-def read_manifest(path: Path) -> dict | None:
-    """Return a manifest.json of data/text.py, None without one; raises DataError where it is damaged."""
+def read_manifest(path: Path, hashes: dict[str, str], val_bytes: int) -> dict:
+    """Return a manifest.json of data/text.py; raises DataError where it is damaged or states other files."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        corpus, val, tokenizer = manifest["splits"]["train"], manifest["splits"]["val"], manifest["tokenizer"]
-        _ = int(val["bytes"]), val["sha256"], corpus["sha256"], tokenizer["sha256"], tokenizer["trained_here"]
+        val, tokenizer = manifest["splits"]["val"], manifest["tokenizer"]
+        _ = manifest["splits"]["train"]["sha256"], tokenizer["trained_here"]
+        if tokenizer["sha256"] != hashes["tokenizer_sha256"]:
+            raise DataError(f"{path}: shards were made with another tokenizer; set TOKENIZER_PATH to it")
+        if (val["sha256"], val["bytes"]) != (hashes["val_sha256"], val_bytes):
+            fault = f"describes other validation shards: {val['bytes']} raw val bytes, {val_bytes} in tokens"
+            raise DataError(f"{path}: {fault}; make it anew")
         return manifest
-    except FileNotFoundError:
-        return None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not a manifest of data/text.py ({error!r}); make it anew") from error
 
@@ -774,23 +768,18 @@ def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Datase
     """Open everything under DATA_PATH and check it; `carried` is the tokenizer that came with an artifact.
     Raises DataError where files are missing or damaged, do not fit together or do not add up to the bytes
     that the manifest counted; SettingError where VOCAB_SIZE is not the tokenizer's."""
-    folder = Path(settings.data_path)
-    paths, manifest = find_shards(folder, "val"), read_manifest(folder / "manifest.json")
-    tokenizer = carried or Tokenizer.load(Path(settings.tokenizer_path))
+    folder, manifest = Path(settings.data_path), None
+    paths, tokenizer = find_shards(folder, "val"), carried or Tokenizer.load(Path(settings.tokenizer_path))
     if (size := len(tokenizer.pieces)) != settings.vocab_size:
         raise SettingError(f"VOCAB_SIZE={settings.vocab_size} is not the tokenizer's {size} pieces; set that")
     shards = [check_token_ids(open_shard(path), settings.vocab_size, path) for path in paths]
     if len(val_tokens := np.concatenate(shards)) < 2:
         raise DataError(f"{paths[0]}: {len(val_tokens)} validation tokens leave nothing to score; bring more")
-    target_bytes = tokenizer.target_bytes(val_tokens, exact=manifest is not None)
+    stated = folder / "manifest.json"
+    target_bytes = tokenizer.target_bytes(val_tokens, exact=stated.exists())
     hashes = {"val_sha256": shards_sha256(paths), "tokenizer_sha256": tokenizer.sha256}
-    if manifest:
-        if manifest["tokenizer"]["sha256"] != tokenizer.sha256:
-            raise DataError(f"{folder}: shards were made with another tokenizer; set TOKENIZER_PATH to it")
-        val, found = manifest["splits"]["val"], (hashes["val_sha256"], int(target_bytes.sum()))
-        if found != (val["sha256"], val["bytes"]):
-            fault = f"describes other validation shards: {val['bytes']} raw val bytes, {found[1]} in tokens"
-            raise DataError(f"{folder}: manifest.json {fault}; make it anew")
+    if stated.exists():
+        manifest = read_manifest(stated, hashes, int(target_bytes.sum()))
         hashes["train_sha256"] = manifest["splits"]["train"]["sha256"]
     stream = None if settings.eval_only else TokenStream(find_shards(folder, "train"), settings)
     return Dataset(stream, val_tokens, target_bytes, tokenizer, manifest, hashes)
@@ -804,6 +793,9 @@ def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Datase
 
 GATES = 7  # logits of #834's gate: the neural price, then orders 2 ... 7
 NORM_EPSILON = 1.19e-7  # of float32, written out: the default of F.rms_norm varies with version and dtype
+ROLES = {"tok_emb": "embedding", "lm_head": "head", "bigram.embed": "lookup", "ve_shared.embed": "lookup"}
+ROLES |= {"bigram.proj": "projection", "ve_shared.proj": "projection"}
+linear = functools.partial(nn.Linear, bias=False)  # matrices have no bias, gates have
 
 
 def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
@@ -815,12 +807,10 @@ def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
 def rotary_tables(length: int, dims: int, base: float, ntk_length: int = 0) -> Tensor:
     """Return cos and sin of the rotary angles, (2, length, dims / 2) float32 (arXiv 2104.09864).
 
-    Beyond `ntk_length`, if that is set, the base grows by (length / ntk_length)^(dims / (dims - 2)): the
-    slowest channel turns no further than it did at ntk_length ("NTK-aware" scaling)."""
-    if 0 < ntk_length < length:
-        base *= (length / ntk_length) ** (dims / max(dims - 2, 1))
-    frequencies = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+    Beyond `ntk_length`, if set, the base grows: the slowest channel turns no further ("NTK-aware")."""
+    base *= max(1.0, length / (ntk_length or length)) ** (dims / max(dims - 2, 1))
+    speeds = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * speeds
     return torch.stack((angles.cos().float(), angles.sin().float()))
 
 
@@ -858,42 +848,36 @@ class Attention(nn.Module):
 
     def __init__(self, settings: Settings, exclusive: bool) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads = settings.num_heads, settings.num_kv_heads
-        self.exclusive, D, kv_dim = exclusive, settings.model_dim, settings.num_kv_heads * settings.head_dim
-        layers = (nn.Linear(D, width, bias=False) for width in (D, kv_dim, kv_dim, D))
-        self.c_q, self.c_k, self.c_v, self.proj = layers
-        self.q_gain = nn.Parameter(torch.full((settings.num_heads,), settings.qk_gain_init))
-        self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) if settings.value_residual else None
-        self.attn_gate = gate(settings.model_dim, self.num_heads, 4.0) if settings.gated_attn else None
+        self.exclusive, self.head_dim, s, D = exclusive, settings.head_dim, settings, settings.model_dim
+        widths = (D, s.num_kv_heads * s.head_dim, s.num_kv_heads * s.head_dim, D)
+        self.c_q, self.c_k, self.c_v, self.proj = (linear(D, width) for width in widths)
+        self.q_gain = nn.Parameter(torch.full((s.num_heads,), s.qk_gain_init))
+        self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) if s.value_residual else None
+        self.attn_gate = gate(D, s.num_heads, 4.0) if s.gated_attn else None
 
-    def forward(
-        self, x: Tensor, rotary: Tensor, extra=None, first=None, memory=None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, rotary: Tensor, extra=None, first=None, memory=None) -> tuple:
         """Return the attention branch for x (B, T, D), and the first block's values (B, T, K * D / H).
 
         `extra`: a value embedding to add to this block's values; `first`: None in the first block; `memory`
         (2, B, K, past + T, D / H): keys and values of the past, whose last T places this call fills."""
-        B, T, D = x.shape
-        q = self.c_q(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, D / H)
-        k = self.c_k(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)  # (B, K, T, D / H)
-        v = self.c_v(x) if extra is None else self.c_v(x) + extra
+        q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)
+        v = v if extra is None else v + extra
         first = v if first is None else first
         if self.vr_lambda is not None:
             v = self.vr_lambda[0].to(v.dtype) * first + self.vr_lambda[1].to(v.dtype) * v
-        v = v.view(B, T, self.num_kv_heads, -1).transpose(1, 2)
-        q = apply_rotary(rms_norm(q), rotary) * self.q_gain.to(q.dtype)[:, None, None]
-        k = apply_rotary(rms_norm(k), rotary)
-        grouped = self.num_heads != self.num_kv_heads
-        keys, values = k, v
+        q, k, v = (flat.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for flat in (q, k, v))
+        q = apply_rotary(rms_norm(q), rotary) * self.q_gain.to(q.dtype)[:, None, None]  # (B, H, T, D / H)
+        k = apply_rotary(rms_norm(k), rotary)  # (B, K, T, D / H)
+        keys, values, grouped = k, v, q.size(1) != k.size(1)
         if memory is not None:
-            memory[:, :, :, -T:] = torch.stack((k, v))
+            memory[..., -x.size(1) :, :] = torch.stack((k, v))
             keys, values = memory.to(q.dtype)
-        causal = keys.size(2) == T  # a single new position sees all that there is
+        causal = keys.size(2) == x.size(1)  # a single new position sees all that there is
         y = F.scaled_dot_product_attention(q, keys, values, is_causal=causal, enable_gqa=grouped)
         y = (exclude_own_value(y, v) if self.exclusive else y).transpose(1, 2)
         if self.attn_gate is not None:
             y = y * torch.sigmoid(self.attn_gate(x))[..., None]
-        return self.proj(y.reshape(B, T, D)), first
+        return self.proj(y.flatten(2)), first
 
 
 class MLP(nn.Module):
@@ -902,8 +886,8 @@ class MLP(nn.Module):
     def __init__(self, settings: Settings) -> None:
         super().__init__()
         self.slope = {"relu2": 0.0, "leaky2": 0.5}[settings.mlp_activation]
-        self.fc = nn.Linear(settings.model_dim, settings.mlp_dim, bias=False)
-        self.proj = nn.Linear(settings.mlp_dim, settings.model_dim, bias=False)
+        self.fc = linear(settings.model_dim, settings.mlp_dim)
+        self.proj = linear(settings.mlp_dim, settings.model_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the MLP branch for x (B, T, D)."""
@@ -924,9 +908,7 @@ class Block(nn.Module):
         self.dtg_gate = gate(settings.model_dim, 1, 2.0) if settings.dtg_enabled else None
 
     def forward(self, x: Tensor, x0: Tensor, *carried: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the stream after this block and the first values; x, x0 (the embedding) are (B, T, D).
-
-        `carried`: rotary tables and all that follows, as Attention.forward takes them."""
+        """Return the stream after this block and the first values; x, x0 (embedding) are (B, T, D)."""
         mix = self.resid_mix.to(x.dtype)
         start = mix[0] * x + mix[1] * x0
         branch, first = self.attn(rms_norm(start, self.norm_scale), *carried)
@@ -943,7 +925,7 @@ class Lookup(nn.Module):
 
     def __init__(self, rows: int, dim: int, width: int, std: float, scale: float | None) -> None:
         super().__init__()
-        self.embed, self.proj = nn.Embedding(rows, dim), nn.Linear(dim, width, bias=False)
+        self.embed, self.proj = nn.Embedding(rows, dim), linear(dim, width)
         nn.init.normal_(self.embed.weight, std=std)
         self.scale = None if scale is None else nn.Parameter(torch.tensor(scale))
 
@@ -956,8 +938,7 @@ class Lookup(nn.Module):
 def bigram_indices(ids: Tensor, rows: int, form: str) -> Tensor:
     """Return the row of the bigram table for each token of ids (B, T) and the one before it.
 
-    "xor" (PRs #890, #779, #834, #864) keeps the last row for a token without predecessor; "linear" (#810)
-    takes token 0 for it."""
+    For the first token "xor" (PRs #890, #779, #834, #864) has a row of its own, "linear" (#810) none."""
     previous = F.pad(ids[:, :-1], (1, 0))
     if form == "linear":
         return (92_821 * previous + ids) % rows
@@ -969,26 +950,22 @@ def parameter_role(name: str, parameter: Tensor) -> str:
     """Return "embedding", "head", "lookup" (another table), "projection" (of one), "matrix" or "scalar"."""
     if parameter.ndim != 2 or not name.endswith(".weight") or "gate" in name:
         return "scalar"
-    first, part = name.split(".")[0], name.split(".")[-2]
-    if first in ("bigram", "ve_shared"):
-        return "lookup" if part == "embed" else "projection"
-    return {"tok_emb": "embedding", "lm_head": "head"}.get(first, "matrix")
+    return ROLES.get(name.removesuffix(".weight"), "matrix")
 
 
-@torch.no_grad()
 def initialize(model: nn.Module, settings: Settings) -> None:
     """Give the matrices their initial values: zero where they write to the residual stream or to logits."""
     if settings.embed_init == "overtone":
-        u, spectrum, v = torch.linalg.svd(model.tok_emb.weight, full_matrices=False)
-        places = torch.arange(1, len(spectrum) + 1, device=spectrum.device)
-        model.tok_emb.weight.copy_(u * (spectrum[0] * places**-0.5) @ v)
+        u, spectrum, v = torch.linalg.svd(model.tok_emb.weight.data, full_matrices=False)
+        spectrum = spectrum[0] * torch.arange(1, len(spectrum) + 1) ** -0.5
+        model.tok_emb.weight.data.copy_(u * spectrum @ v)
     for name, parameter in model.named_parameters():
         role = parameter_role(name, parameter)
         if name.endswith((".attn.proj.weight", ".mlp.proj.weight")) or name.startswith(("lm_head", "mtp_")):
             nn.init.zeros_(parameter)
         elif role in ("matrix", "projection") and settings.matrix_init != "uniform":
             scaled = role == "projection" and settings.matrix_init == "scaled"
-            nn.init.orthogonal_(parameter).mul_((2 * settings.num_layers) ** -0.5 if scaled else 1.0)
+            nn.init.orthogonal_(parameter, (2 * settings.num_layers) ** -0.5 if scaled else 1.0)
 
 
 class GPT(nn.Module):
@@ -996,26 +973,22 @@ class GPT(nn.Module):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
-        self.settings, s, D, V = settings, settings, settings.model_dim, settings.vocab_size
+        self.settings, s, kv_dim = settings, settings, settings.num_kv_heads * settings.head_dim
+        D, V, E = s.model_dim, s.vocab_size, s.pre_enrich_dim
         self.num_encoder = (s.num_layers + (s.unet_longer_half == "encoder")) // 2
         self.tok_emb = nn.Embedding(V, D)
         nn.init.normal_(self.tok_emb.weight, std=s.tied_embed_init_std)
         self.blocks = nn.ModuleList(Block(s, layer) for layer in range(s.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(s.num_layers // 2, D))
-        self.lm_head = None if s.tie_embeddings else nn.Linear(D, V, bias=False)
-        self.mtp_heads = nn.ModuleList(nn.Linear(D, V, bias=False) for _ in range(s.mtp_num_heads))
-        self.bigram = self.ve_shared = self.smear_gate = self.pre_enrich = None
-        if s.bigram_vocab_size:
-            start = {"xor": (0.0, 0.05), "linear": (0.01, None)}[s.bigram_hash]
-            self.bigram = Lookup(s.bigram_vocab_size, s.bigram_dim, D, *start)
-        if s.value_layers:
-            self.ve_shared = Lookup(V, s.ve_dim, s.num_kv_heads * s.head_dim, 0.01, 0.1)
-            self.ve_layer_scales = nn.Parameter(torch.ones(len(s.value_layers)))
-        if s.smear_gate != "off":
-            self.smear_gate = nn.Parameter(torch.full((D,), {"half": 0.0, "twentieth": -3.0}[s.smear_gate]))
-        if s.pre_enrich_dim:
-            up = nn.Linear(D, s.pre_enrich_dim, bias=False)
-            self.pre_enrich = nn.Sequential(up, nn.GELU(), nn.Linear(s.pre_enrich_dim, D, bias=False))
+        self.lm_head = None if s.tie_embeddings else linear(D, V)
+        self.mtp_heads = nn.ModuleList(linear(D, V) for _ in range(s.mtp_num_heads))
+        start = {"xor": (0.0, 0.05), "linear": (0.01, None)}[s.bigram_hash]
+        self.bigram = Lookup(s.bigram_vocab_size, s.bigram_dim, D, *start) if s.bigram_vocab_size else None
+        self.ve_shared = Lookup(V, s.ve_dim, kv_dim, 0.01, 0.1) if s.value_layers else None
+        self.ve_layer_scales = nn.Parameter(torch.ones(len(s.value_layers))) if s.value_layers else ()
+        share = {"off": None, "half": 0.0, "twentieth": -3.0}[s.smear_gate]
+        self.smear_gate = None if share is None else nn.Parameter(torch.full((D,), share))
+        self.pre_enrich = nn.Sequential(linear(D, E), nn.GELU(), linear(E, D)) if E else None
         initialize(self, s)
         self.gate_head = gate(D, GATES, [2.0] + (GATES - 1) * [0.0]) if s.gate_head else None
         for length in {s.train_seq_len, s.window}:
@@ -1025,37 +998,34 @@ class GPT(nn.Module):
     def smeared(self, ids: Tensor) -> Tensor:
         """Return the embeddings (B, T, D) of ids with bigrams and a learned share of the position before.
 
-        The norm comes before the share, sigmoid(gate) by channel, unless pre-enrichment (#810) follows."""
+        The norm comes before the share unless pre-enrichment (#810) follows."""
         s, x = self.settings, self.tok_emb(ids)
         if self.bigram is not None:
             x = x + self.bigram(bigram_indices(ids, s.bigram_vocab_size, s.bigram_hash))
         x = rms_norm(x) if self.pre_enrich is None else x
-        if self.smear_gate is None:
-            return x
-        return x + torch.sigmoid(self.smear_gate) * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
+        if self.smear_gate is not None:
+            x = x + torch.sigmoid(self.smear_gate) * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
+        return x
 
     def hidden(self, ids: Tensor, last: int | None = None, memory=None, seen: int = 0) -> Tensor:
         """Return the normed output of the blocks (B, T, D) for ids (B, T), or of the last positions only.
 
         `memory` (layers, 2, B, K, window, D / H) holds keys and values of the first `seen` ids, 0 or T - 1,
         from the call before, and takes in those of the others, for which alone there is an output."""
-        s, near = self.settings, max(seen - 2, 0)  # bigrams and smear reach two positions back
-        x = self.smeared(ids[:, near:])[:, seen - near :]
+        s, device, near = self.settings, ids.device.type, max(seen - 2, 0)
+        x = self.smeared(ids[:, near:])[:, seen - near :]  # bigrams and smear reach two positions back
         x = x if self.pre_enrich is None else rms_norm(self.pre_enrich(x))
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
         size = ids.size(1) if memory is None else memory.size(-2)
         length = min(n for n in (s.train_seq_len, s.window) if n >= size)
-        rotary, x0, first = self.get_buffer(f"rotary_{length}")[:, seen:], x, None
-        values: dict[int, Tensor] = {}
-        if self.ve_shared is not None:
-            shared, scales = self.ve_shared(ids[:, seen:]), self.ve_layer_scales
-            values = {n: w.to(shared.dtype) * shared for n, w in zip(s.value_layers, scales, strict=True)}
-        skips: list[Tensor] = []
+        rotary, x0, first, skips = self.get_buffer(f"rotary_{length}")[:, seen:], x, None, []
+        shared = None if self.ve_shared is None else self.ve_shared(ids[:, seen:])
+        scales = zip(s.value_layers, self.ve_layer_scales, strict=True)
+        values = {index: scale.to(shared.dtype) * shared for index, scale in scales}
         for index, block in enumerate(self.blocks):
             if index >= self.num_encoder and skips:
                 x = x + self.skip_weights[index - self.num_encoder].to(x.dtype) * skips.pop()
-            past = None if memory is None else memory[index, :, :, :, : ids.size(1)]
+            past = None if memory is None else memory[index, ..., : ids.size(1), :]
             x, first = block(x, x0, rotary, values.get(index), first, past)
             if index < self.num_encoder:
                 skips.append(x)
@@ -1081,8 +1051,7 @@ class GPT(nn.Module):
     def forward(self, ids: Tensor, targets: Tensor, ratios: Tensor | None = None) -> Tensor:
         """Return the mean cross entropy in nats of targets (B, T) after ids (B, T).
 
-        Each MTP head adds its share of the loss on targets 1, 2, ... further ahead (arXiv 2404.19737), #834's
-        gate head a tenth of its own, whose gradient reaches the blocks."""
+        MTP heads add theirs, 1, 2, ... targets further ahead (arXiv 2404.19737); #834's gate adds a tenth."""
         x, loss = self.hidden(ids), 0.0
         for ahead, head in enumerate((self.lm_head, *self.mtp_heads)):
             logits = self.capped(x[:, : x.size(1) - ahead], head).flatten(0, 1)
@@ -1093,47 +1062,40 @@ class GPT(nn.Module):
         return loss
 
 
-def try_attention_kernel(name: str, settings: Settings, process: Process) -> None:
-    """Switch scaled_dot_product_attention to kernel `name`; raise unless it agrees with PyTorch's own.
-
-    Compared are output and gradients of a small causal case in bfloat16. PyTorch would prefer cuDNN to the
-    kernel under test: it is switched off first."""
-    if process.device.type != "cuda":
-        raise RuntimeError("there is no CUDA device")
-    torch.backends.cuda.enable_cudnn_sdp(False)
+def attention_results(settings: Settings, device: torch.device) -> list[Tensor]:
+    """Return output and gradients, in float32, of one small causal attention in bfloat16."""
     torch.manual_seed(0)
-    heads = (settings.num_heads, settings.num_kv_heads, settings.num_kv_heads)
-    shapes = [(2, count, 128, settings.head_dim) for count in heads]
-    inputs = [torch.randn(shape, device=process.device).bfloat16().requires_grad_() for shape in shapes]
-
-    def results() -> list[Tensor]:
-        output = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=heads[0] != heads[1])
-        gradients = torch.autograd.grad(output.float().square().sum(), inputs)
-        return [tensor.detach().float() for tensor in (output, *gradients)]
-
-    expected = results()
-    torch.nn.attention.activate_flash_attention_impl(name.upper())
-    errors = [(got - want).norm() / want.norm() for got, want in zip(results(), expected, strict=True)]
-    if not (error := torch.stack(errors).max()) < 0.02:
-        raise RuntimeError(f"differs from PyTorch's kernel by {error:.3g} of its norm")
+    s, heads = settings, (settings.num_heads, settings.num_kv_heads, settings.num_kv_heads)
+    inputs = [torch.randn(2, n, 128, s.head_dim, device=device).bfloat16().requires_grad_() for n in heads]
+    output = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=heads[0] != heads[1])
+    gradients = torch.autograd.grad(output.float().square().sum(), inputs)
+    return [tensor.detach().float() for tensor in (output, *gradients)]
 
 
 def select_attention(settings: Settings, process: Process, log: Log) -> None:
-    """Choose the kernel under scaled_dot_product_attention, say which and why; an explicit one must work."""
-    automatic = ("fa3", "fa4") if process.device.type == "cuda" else ()
-    reasons = []
-    for name in {"auto": automatic, "sdpa": ()}.get(settings.attention, (settings.attention,)):
+    """Choose the kernel under scaled_dot_product_attention, say which and why; an explicit one must work.
+
+    A kernel works if it agrees with PyTorch's own, on CUDA only."""
+    asked, reasons = settings.attention, []
+    names = {"auto": ("fa3", "fa4"), "sdpa": ()}.get(asked, (asked,))
+    for name in names if process.device.type == "cuda" else ():
         try:
-            try_attention_kernel(name, settings, process)
+            torch.backends.cuda.enable_cudnn_sdp(False)  # PyTorch would prefer cuDNN to the kernel under test
+            expected = attention_results(settings, process.device)
+            torch.nn.attention.activate_flash_attention_impl(name.upper())
+            pairs = zip(attention_results(settings, process.device), expected, strict=True)
+            share = torch.stack([(got - want).norm() / want.norm() for got, want in pairs]).max()
+            if not share < 0.02:
+                raise RuntimeError(f"differs from PyTorch's kernel by {share:.3g} of its norm")
             log.line(f"attention:{name} reason:agrees with PyTorch's own kernel")
             return
         except Exception as error:  # prototype kernels may fail in any way; the next one is tried
             getattr(torch.nn.attention, "restore_flash_attention_impl", lambda: None)()
             torch.backends.cuda.enable_cudnn_sdp(True)
             reasons.append(f"{name}: {type(error).__name__}: {str(error).split(chr(10))[0]}")
-    if settings.attention in ("fa3", "fa4"):
-        remedy = "install requirements-gpu.txt or use ATTENTION=auto"
-        raise SettingError(f"ATTENTION={settings.attention} does not work here ({reasons[0]}); {remedy}")
+    if asked in ("fa3", "fa4"):
+        text = f"ATTENTION={asked} does not work here ({'; '.join(reasons) or 'there is no CUDA device'})"
+        raise SettingError(f"{text}; install requirements-gpu.txt or use ATTENTION=auto")
     log.line(f"attention:sdpa reason:{'; '.join(reasons) or 'PyTorch picks its kernel'}")
 
 
@@ -1158,10 +1120,9 @@ def learning_rate_scale(step: int, elapsed_ms: float, settings: Settings, before
 def quantization_starts(step: int, elapsed_ms: float, scale: float, settings: Settings) -> bool:
     """Return whether QAT_START is reached: `scale` below x, or share x of time (or ITERATIONS) used up."""
     kind, _, threshold = settings.qat_start.partition(":")
-    if kind != "time":
-        return kind == "step0" or (kind == "scale" and scale < float(threshold))
-    limit_ms = 1000.0 * settings.max_wallclock_seconds
-    return (elapsed_ms / limit_ms if limit_ms else step / settings.iterations) >= float(threshold)
+    at, limit_ms = float(threshold or 0), 1000.0 * settings.max_wallclock_seconds
+    used = elapsed_ms / limit_ms if limit_ms else step / settings.iterations
+    return {"off": False, "step0": True, "scale": scale < at, "time": used >= at}[kind]
 
 
 def momentum_at(step: int, settings: Settings) -> float:
@@ -1174,8 +1135,7 @@ def momentum_at(step: int, settings: Settings) -> float:
 def orthogonalize(update: Tensor, steps: int) -> Tensor:
     """Return matrices (..., R, C) pushed towards orthogonal ones by `steps` Newton-Schulz iterations.
 
-    The quintic of Muon ("zeropower_via_newtonschulz5"); singular values end near 1, not at it. bfloat16 on
-    CUDA, float32 on CPU, where bfloat16 is slower."""
+    Muon's quintic leaves singular values near 1, not at it. On the CPU in float32, which is faster there."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = update.size(-2) > update.size(-1)
     x = (update.mT if tall else update).to(torch.bfloat16 if update.is_cuda else torch.float32)
@@ -1195,20 +1155,19 @@ class Bank(NamedTuple):
     update: Tensor  # (padded, R, C)
     arriving: list  # handles of sums or updates under way
 
-
-def wait(handles: list) -> None:
-    """Wait for collectives under way, and forget them."""
-    while handles:
-        handles.pop().wait()
+    def arrived(self) -> Bank:
+        """Wait for the sums or updates under way and return the bank."""
+        while self.arriving:
+            self.arriving.pop().wait()
+        return self
 
 
 class Muon:
-    """Momentum, Newton-Schulz, update; matrices of one shape go as one batch, shared out over the ranks.
+    """Keller Jordan's Muon; matrices of one shape go as one batch, shared out over the ranks.
 
-    Update: buffer = momentum * buffer + gradient; u = orthogonalize(gradient + momentum * buffer);
-    p = (1 - lr * decay) * p - lr * sqrt(max(1, rows / columns)) * u (Keller Jordan's Muon). Sums of gradients
-    run while AdamW steps (unless it needs the clipping norm), updates travel while other banks are worked on.
-    PARALLEL_MUON (#864) gives each rank its slice of the sums alone."""
+    buffer = momentum * buffer + gradient; u = orthogonalize(gradient + momentum * buffer);
+    p = (1 - lr * decay) * p - lr * sqrt(max(1, rows / columns)) * u. Gradients are summed while AdamW steps
+    (unless clipped), updates travel while other banks are worked on, PARALLEL_MUON (#864) scatters sums."""
 
     def __init__(self, matrices: list[nn.Parameter], settings: Settings, process: Process) -> None:
         self.settings, self.process, self.banks = settings, process, []
@@ -1226,16 +1185,14 @@ class Muon:
         """Update every matrix from its gradient."""
         s, decay = self.settings, 1 - lr * self.settings.muon_wd
         for bank in self.banks:
-            wait(bank.arriving)
-            gradient = self.process.own(bank.gradient)
+            gradient = self.process.own(bank.arrived().gradient)
             bank.momentum.mul_(momentum).add_(gradient)
             direction = gradient.add(bank.momentum, alpha=momentum)
             self.process.own(bank.update).copy_(orthogonalize(direction, s.muon_backend_steps))
             bank.arriving.extend(self.process.start_gather(bank.update))
         for bank in self.banks:
-            wait(bank.arriving)
             rows, columns = bank.matrices[0].shape
-            changes = list(bank.update[: len(bank.matrices)].float().unbind())
+            changes = list(bank.arrived().update[: len(bank.matrices)].float().unbind())
             if s.muon_wd and s.muon_wd_order == "before":
                 torch._foreach_mul_(bank.matrices, decay)
             torch._foreach_add_(bank.matrices, changes, alpha=-lr * max(1.0, rows / columns) ** 0.5)
@@ -1251,9 +1208,8 @@ class Optimizers:
         embed_lr = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
         rates = {"embedding": embed_lr, "lookup": embed_lr, "head": s.head_lr}
         rates |= {"scalar": s.scalar_lr, "projection": s.scalar_lr, "matrix": 0.0}
-        roles: dict[str, list[nn.Parameter]] = {role: [] for role in rates}
-        for name, parameter in model.named_parameters():
-            roles[parameter_role(name, parameter)].append(parameter)
+        named = [(parameter_role(name, parameter), parameter) for name, parameter in model.named_parameters()]
+        roles = {role: [parameter for own, parameter in named if own == role] for role in rates}
         order = ("matrix", "projection", "lookup")
         matrices = [p for role in order[: order.index(s.muon_scope) + 1] for p in roles.pop(role)]
         groups = [{"params": roles[role], "base_lr": rates[role]} for role in roles if roles[role]]
@@ -1283,9 +1239,7 @@ class Optimizers:
     def step(self, scale: float, momentum: float) -> None:
         """Clip, then update every parameter; `scale` multiplies every learning rate."""
         if self.settings.grad_clip_norm:
-            for bank in self.muon.banks:
-                wait(bank.arriving)
-            own = [self.process.own(bank.gradient) for bank in self.muon.banks]
+            own = [self.process.own(bank.arrived().gradient) for bank in self.muon.banks]
             square = self.process.sum(sum(gradient.square().sum() for gradient in own))
             norm = (square + self.flat[:-1].square().sum()).sqrt()
             factor = (self.settings.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -1310,10 +1264,10 @@ class Averages:
     taken every SWA_EVERY steps once the learning-rate scale is below SWA_START_SCALE (arXiv 1803.05407)."""
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
-        self.settings, self.live = settings, dict(model.named_parameters())
-        self.updates, self.snapshots, self.swa = 0, 0, {}
+        self.settings, self.updates, self.snapshots, self.swa = settings, 0, 0, {}
+        self.live = {name: parameter.detach() for name, parameter in model.named_parameters()}
         used = settings.ema_decay and (settings.average, settings.swa_source) != ("swa", "raw")
-        self.ema = {name: p.detach().float().clone() for name, p in self.live.items()} if used else {}
+        self.ema = {name: p.float().clone() for name, p in self.live.items()} if used else {}
 
     @torch.no_grad()
     def update(self, step: int, scale: float) -> None:
@@ -1329,17 +1283,16 @@ class Averages:
             torch._foreach_lerp_(list(self.swa.values()), source, 1 / self.snapshots)
 
     def candidates(self) -> dict[str, dict[str, Tensor]]:
-        """Return the weights to export, or under AVERAGE=best all that there are, by name."""
-        # An average without a single update is the weights themselves; an SWA without snapshot is the EMA.
-        raw, average = {name: p.detach() for name, p in self.live.items()}, self.settings.average
-        found = {"raw": raw, "ema": self.ema or raw, "swa": self.swa or self.ema or raw}
+        """Return the weights to export by name, all under AVERAGE=best; for an empty average its source."""
+        average, ema = self.settings.average, self.ema or self.live
+        found = {"raw": self.live, "ema": ema, "swa": self.swa or ema}
         if average == "mean":
-            return {"mean": {name: (found["ema"][name] + found["swa"][name]) / 2 for name in raw}}
+            return {"mean": {name: (weight + found["swa"][name]) / 2 for name, weight in ema.items()}}
         return found if average == "best" else {average: found[average]}
 
     def moved(self, weights: dict[str, Tensor]) -> float:
         """Return |weights - live weights| / |live weights| over all parameters."""
-        pairs = [(value.double(), self.live[name].detach().double()) for name, value in weights.items()]
+        pairs = [(value.double(), self.live[name].double()) for name, value in weights.items()]
         change = sum(float((value - live).square().sum()) for value, live in pairs)
         return math.sqrt(change / sum(float(live.square().sum()) for _, live in pairs))
 
@@ -1352,7 +1305,7 @@ class Averages:
 # ============================================================================================================
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFGPT\n", 1
-PREFIX_BYTES = 16  # magic, then version and length of the header as little-endian uint32
+PREFIX = struct.Struct("<8s2I")  # magic, version, length of the header
 MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES = 1_000_000, 2**30
 BITS = {"int8": 8, "int6": 6, "int5": 5}  # kinds of quantized tensors
 COLUMNS = ("int8", "float16", "float32")  # NumPy types of all that is stored, in the order of the file
@@ -1379,8 +1332,8 @@ def quantize_rows(weight: Tensor, bits: int, search=False, floor=False) -> tuple
     places = [(1 - p) * (weight.size(1) - 1) for p in (PERCENTILES if search else (1.0,))]
     top = weight.abs().topk(min(int(max(places)) + 2, weight.size(1)), dim=1).values
     clips = [torch.lerp(top[:, int(x)], top[:, min(int(x) + 1, top.size(1) - 1)], x % 1) for x in places]
-    least = 1 / limit if floor else 2.0**-24  # the least positive float16
-    scales = (torch.stack(clips) / limit).clamp(min=least).to(torch.float16)  # (percentiles, R)
+    # (percentiles, R); 2^-24 is the least positive float16.
+    scales = (torch.stack(clips) / limit).clamp(min=1 / limit if floor else 2.0**-24).to(torch.float16)
     scale = scales[0]
     if search:
         errors = torch.stack([(restore_rows(integers(s), s) - weight).square().sum(dim=1) for s in scales])
@@ -1464,12 +1417,6 @@ class QuantizationAware(nn.Module):
         return numbers | {"mean_relative_change": float(change.sum() / old.abs().sum())}
 
 
-def stored_parts(shape, kind: str) -> list[tuple[str, int]]:
-    """Return column and length of the arrays that stand for a tensor: integers and scales, or itself."""
-    count = math.prod(shape)
-    return [("int8", count), ("float16", shape[0])] if kind in BITS else [(kind, count)]
-
-
 def byte_planes(array: np.ndarray) -> bytes:
     """Return all first bytes, then all second bytes, ...: floats compress better that way."""
     return array.view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
@@ -1526,26 +1473,31 @@ def pack_artifact(weights: dict[str, Tensor], settings: Settings, tokenizer: Tok
     named = {"sha256": tokenizer.sha256, "bytes": len(embedded)}
     header = {"settings": s.stored_values(), "tensors": tensors, "tokenizer": named}
     text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
-    prefix = ARTIFACT_MAGIC + np.array([ARTIFACT_VERSION, len(text)], "<u4").tobytes()
+    prefix = PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(text))
     body = prefix + text + compress_smallest(payload, s.compressor)
     return body + hashlib.sha256(body).digest()
 
 
-def check_header(header: dict) -> tuple[Settings, list[tuple[str, list[int], str]]]:
-    """Return an artifact's settings and tensor list (name, shape, kind); raises ValueError, SettingError or
-    TypeError unless the settings are complete and valid and the tensors those of the model they describe."""
-    values, tensors, expected = header["settings"], header["tensors"], Settings().stored_values()
+def stored_parts(name: str, shape: list[int], kind: str) -> list[tuple[str, int]]:
+    """Return column and length of the arrays that stand for a tensor: integers and scales, or itself."""
+    if kind in BITS and len(shape) == 2:
+        return [("int8", math.prod(shape)), ("float16", shape[0])]
+    require(kind in COLUMNS[1:], f"tensor {name} is stored as {kind!r}, which this script does not know")
+    return [(kind, math.prod(shape))]
+
+
+def check_header(header: dict) -> None:
+    """Raise ValueError, SettingError or TypeError unless the settings of an artifact's header are complete
+    and valid and its tensors those of the model they describe."""
+    values, expected = header["settings"], Settings().stored_values()
     require(set(values) == set(expected), "its header does not hold the settings that this script stores")
     for name, default in expected.items():
         require(type(values[name]) is type(default), f"its header gives {name} as {values[name]!r}")
     settings = Settings(**values, eval_only="artifact", val_batch_size=2**30)  # batches that break no rule
     with torch.device("meta"):  # shapes without memory
         shapes = [[name, list(parameter.shape)] for name, parameter in GPT(settings).named_parameters()]
-    require([entry[:2] for entry in tensors] == shapes, "its tensors are not those of its settings' model")
-    for name, shape, kind in tensors:
-        known = kind in COLUMNS[1:] or (kind in BITS and len(shape) == 2)
-        require(known, f"tensor {name} is stored as {kind!r}, which this script does not know")
-    return settings, tensors
+    own = [entry[:2] for entry in header["tensors"]] == shapes
+    require(own, "its tensors are not those of its settings' model")
 
 
 def expand_frame(frame: bytes, size: int) -> bytes:
@@ -1553,47 +1505,46 @@ def expand_frame(frame: bytes, size: int) -> bytes:
     if frame.startswith(XZ_MAGIC):
         stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**28)
         data = stream.decompress(frame, max_length=size + 1)
-        exact = len(data) == size and stream.eof and not stream.unused_data
-        require(exact, f"its xz stream does not hold the {size} bytes that its header needs")
-        return data
-    claimed, data = zstandard.frame_content_size(frame), bytearray()
-    require(claimed == size, f"its frame claims {claimed} bytes, its header needs {size}")
-    # Read in pieces: memory grows with what is really there, not with what the frame claims.
-    reader = zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(io.BytesIO(frame))
-    while len(data) <= size and (piece := reader.read(2**20)):
-        data += piece
-    require(len(data) == size, f"its frame holds {len(data)} bytes, its header needs {size}")
+        complete = stream.eof and not stream.unused_data
+    else:
+        claimed, data, complete = zstandard.frame_content_size(frame), bytearray(), True
+        require(claimed == size, f"its frame claims {claimed} bytes, its header needs {size}")
+        # Read in pieces: memory grows with what is really there, not with what the frame claims.
+        reader = zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(frame)
+        while len(data) <= size and (piece := reader.read(2**20)):
+            data += piece
+    require(complete and len(data) == size, f"its frame does not hold the {size} bytes that its header needs")
     return bytes(data)
 
 
 def unpack_artifact(data: bytes) -> Artifact:
     """Return the content of an artifact file; raises one of ARTIFACT_FAULTS with the reason."""
     require(data.startswith(ARTIFACT_MAGIC), "it does not start with an artifact's magic bytes")
-    require(len(data) >= PREFIX_BYTES + 32, "it is truncated")
-    version, header_size = np.frombuffer(data, "<u4", 2, len(ARTIFACT_MAGIC)).tolist()
+    require(len(data) >= PREFIX.size + 32, "it is truncated")
+    _, version, header_size = PREFIX.unpack_from(data)
     require(version == ARTIFACT_VERSION, f"format version {version}, this script reads {ARTIFACT_VERSION}")
     require(hashlib.sha256(data[:-32]).digest() == data[-32:], "its SHA-256 does not match: cut or altered")
-    end = PREFIX_BYTES + header_size
+    end = PREFIX.size + header_size
     require(end <= min(len(data) - 32, MAX_HEADER_BYTES), f"a header of {header_size} bytes does not fit")
-    header = json.loads(data[PREFIX_BYTES:end])
-    settings, tensors = check_header(header)
-    named_sha256, embedded = header["tokenizer"]["sha256"], header["tokenizer"]["bytes"]
-    parts = [part for _, shape, kind in tensors for part in stored_parts(shape, kind)]
-    counts = {np.dtype(name): [n for column, n in parts if column == name] for name in COLUMNS}
-    needed = sum(dtype.itemsize * sum(lengths) for dtype, lengths in counts.items())
-    possible = type(embedded) is int and 0 <= embedded <= needed + embedded <= MAX_PAYLOAD_BYTES
-    require(possible, f"its header needs {needed} and {embedded!r} bytes, which no artifact has")
-    payload, columns, weights = io.BytesIO(expand_frame(data[end:-32], needed + embedded)), {}, {}
-    for dtype, lengths in counts.items():
-        column = from_byte_planes(payload.read(dtype.itemsize * sum(lengths)), dtype)
-        columns[dtype.name] = iter(torch.from_numpy(column).split(lengths))
+    header = json.loads(data[PREFIX.size : end])
+    check_header(header)
+    tensors, named, embedded = header["tensors"], header["tokenizer"]["sha256"], header["tokenizer"]["bytes"]
+    parts = [part for tensor in tensors for part in stored_parts(*tensor)]
+    counts = {np.dtype(name): [count for column, count in parts if column == name] for name in COLUMNS}
+    sizes = [dtype.itemsize * sum(lengths) for dtype, lengths in counts.items()]
+    possible = type(embedded) is int and 0 <= embedded <= sum(sizes) + embedded <= MAX_PAYLOAD_BYTES
+    require(possible, f"its header needs {sum(sizes)} and {embedded!r} bytes, which no artifact has")
+    payload, columns, weights = expand_frame(data[end:-32], sum(sizes) + embedded), {}, {}
+    *planes, source = struct.unpack("{}s{}s{}s{}s".format(*sizes, embedded), payload)
+    for (dtype, lengths), plane in zip(counts.items(), planes, strict=True):
+        columns[dtype.name] = iter(torch.from_numpy(from_byte_planes(plane, dtype)).split(lengths))
     for name, shape, kind in tensors:
-        flat, *scales = (next(columns[column]) for column, _ in stored_parts(shape, kind))
+        flat, *scales = (next(columns[column]) for column, _ in stored_parts(name, shape, kind))
         weights[name] = restore_rows(flat.reshape(shape), *scales) if scales else flat.reshape(shape).float()
-    tokenizer = Tokenizer(payload.read()) if embedded else None
-    require(not embedded or tokenizer.sha256 == named_sha256, "its tokenizer is not the one its header names")
+    tokenizer = Tokenizer(source) if source else None
+    require(not source or tokenizer.sha256 == named, "its tokenizer is not the one its header names")
     sha256 = hashlib.sha256(data).hexdigest()
-    return Artifact(settings.stored_values(), weights, tokenizer, named_sha256, sha256, len(data))
+    return Artifact(header["settings"], weights, tokenizer, named, sha256, len(data))
 
 
 def read_artifact(path: Path) -> Artifact:
@@ -1609,8 +1560,8 @@ def read_artifact(path: Path) -> Artifact:
 
 
 # ============================================================================================================
-# 8 NEURAL SCORING. In: a model and a token stream. Out: `ScoredChunk`s, and from them, through one `Ledger`,
-# val_loss and val_bpb. `plan_windows` prices every target exactly once, whatever the total; the ledger counts
+# 8 NEURAL SCORING. In: a model and a token stream. Out: `ScoredChunk`s, and from them, by `account` alone,
+# val_loss and val_bpb. `plan_windows` prices every target exactly once, whatever the total; `account` counts
 # and refuses otherwise. Nats become bits here and nowhere else.
 # ============================================================================================================
 
@@ -1618,10 +1569,9 @@ def read_artifact(path: Path) -> Artifact:
 def plan_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
     """Return the scoring windows of `total` targets, (windows, 3) int64: start, first, stop.
 
-    A window reads the inputs start ... stop - 1 (at most seq_len) and prices the targets first ... stop - 1,
-    counted from 0; target i follows input i. The first window prices all of its targets, each later one the
-    next `stride`, with as much context as fits. A window starts where it does whatever `total` is: what is
-    still to come changes no context. Pure."""
+    A window reads inputs start ... stop - 1 (at most seq_len) and prices targets first ... stop - 1, counted
+    from 0; target i follows input i. The first window prices all of its targets, each later one the next
+    `stride`, with as much context as fits: what is still to come moves no start."""
     firsts = np.concatenate(([0] * (total > 0), np.arange(seq_len, total, stride))).astype(np.int64)
     starts = np.where(firsts > 0, firsts + stride - seq_len, 0)
     return np.stack((starts, firsts, np.append(firsts[1:], total)[: len(firsts)]), axis=1)
@@ -1672,16 +1622,14 @@ def score_stream(
     logits, tokens: np.ndarray, settings: Settings, stride: int, process: Process, label: str, proposals=None
 ) -> Iterator[ScoredChunk]:
     """Yield this rank's share of all targets of `tokens` (N + 1,); `proposals` (K, N): tokens priced too."""
-    total, device = len(tokens) - 1, process.device
-    proposals = torch.empty((0, total), device=device) if proposals is None else proposals
-    plan = plan_windows(total, settings.window, stride)[process.rank :: process.world_size]
-    following = torch.from_numpy(tokens[1:].astype(np.int32)).to(device)
+    plan = plan_windows(len(tokens) - 1, settings.window, stride)[process.rank :: process.world_size]
+    asked = torch.from_numpy(tokens[None, 1:].astype(np.int32)).to(process.device)
+    asked = asked if proposals is None else torch.cat((asked, proposals))  # (1 + K, N)
     for positions, rows, rest in score_windows(logits, tokens, plan, settings, process, label):
-        targets, asked = following[positions].long(), proposals.index_select(1, positions).long()
-        known = asked < rows.shape[1]
-        proposed = rows.gather(1, asked.where(known, 0).t()).t() * known
-        logp, entropy = rows.gather(1, targets[:, None])[:, 0], -(rows.exp() * rows).sum(dim=-1)
-        yield ScoredChunk(positions, targets, logp, entropy, torch.cat((proposed, rest.t().float())))
+        ids = asked.index_select(1, positions).long()
+        known, entropy = ids < rows.shape[1], -(rows.exp() * rows).sum(dim=-1)
+        priced = rows.gather(1, ids.where(known, 0).t()).t() * known
+        yield ScoredChunk(positions, ids[0], priced[0], entropy, torch.cat((priced[1:], rest.t().float())))
 
 
 def score_sample(logits, tokens: np.ndarray, at: np.ndarray, settings: Settings, process: Process) -> Tensor:
@@ -1710,44 +1658,24 @@ class Score(NamedTuple):
     bytes: int
 
 
-class Ledger:
-    """The one place that turns nats, tokens and bytes into val_loss and val_bpb; float64 throughout."""
+def account(chunks: Iterable[ScoredChunk], target_bytes: np.ndarray, process: Process) -> Score:
+    """Return the account of a stream: all ranks' `chunks`, the bytes (N,) of its targets; sums in float64.
 
-    def __init__(self, target_bytes: np.ndarray, process: Process) -> None:
-        """`target_bytes` (N,): the bytes of each target of the stream."""
-        self.process = process
-        self.bytes = int(target_bytes.sum())
-        self.times_priced = torch.zeros(len(target_bytes), dtype=torch.uint8, device=process.device)
-        self.totals = torch.zeros(2, dtype=torch.float64, device=process.device)  # nats, prices taken in
-
-    def add(self, chunk: ScoredChunk) -> None:
-        """Take in one chunk."""
-        self.times_priced.index_add_(0, chunk.positions, torch.ones_like(chunk.positions, dtype=torch.uint8))
-        self.totals[0] -= chunk.logp.double().sum()
-        self.totals[1] += len(chunk.logp)
-
-    def close(self) -> Score:
-        """Return the account over all ranks; raises DataError unless every target was priced exactly once."""
-        nats, prices = self.process.sum(self.totals).tolist()
-        times_priced = self.process.sum(self.times_priced)
-        total, wrong = len(times_priced), int((times_priced != 1).sum())
-        # A counter wraps at 256 repeats; the number of prices does not.
-        if wrong or prices != total:
-            rule = "targets were not priced exactly once"
-            raise DataError(f"{wrong or 'some'} of {total} {rule}; mend the plan")
-        if not math.isfinite(nats):
-            raise NonFiniteError(f"the score is {nats} nats; the artifact's weights are unusable, train anew")
-        if self.bytes == 0:
-            raise DataError("the validation targets have no bytes; set TOKENIZER_PATH to the shards' own")
-        return Score(nats / total, bits_per_byte(nats, self.bytes), total, self.bytes)
-
-
-def account(chunks: Iterable[ScoredChunk], dataset: Dataset, process: Process) -> Score:
-    """Return the account of the validation stream, whose targets the ranks' chunks price exactly once."""
-    ledger = Ledger(dataset.target_bytes, process)
+    Raises DataError unless every target is priced exactly once, NonFiniteError where the sum is no number."""
+    total, size = len(target_bytes), int(target_bytes.sum())
+    nats = torch.zeros((), dtype=torch.float64, device=process.device)
+    times_priced = torch.zeros(total, dtype=torch.int32, device=process.device)
     for chunk in chunks:
-        ledger.add(chunk)
-    return ledger.close()
+        nats -= chunk.logp.double().sum()
+        times_priced.index_add_(0, chunk.positions, torch.ones_like(chunk.positions, dtype=torch.int32))
+    nats, wrong = process.sum(nats).item(), int((process.sum(times_priced) != 1).sum())
+    if wrong:
+        raise DataError(f"{wrong} of {total} targets were not priced exactly once; mend the plan")
+    if not math.isfinite(nats):
+        raise NonFiniteError(f"the score is {nats} nats; the artifact's weights are unusable, train anew")
+    if size == 0:
+        raise DataError("the validation targets have no bytes; set TOKENIZER_PATH to the shards' own")
+    return Score(nats / total, bits_per_byte(nats, size), int(times_priced.sum()), size)
 
 
 # ============================================================================================================
@@ -2338,14 +2266,11 @@ class PseudoOracle:
 
     def count(self, stream: TokenStream) -> None:
         """Count all tokens of `stream`; raises on every rank the DataError or OSError that one meets."""
-        failure, rank, ranks = None, self.process.rank, self.process.world_size
-        try:
+        rank, ranks = self.process.rank, self.process.world_size
+        with self.process.together():
             for start in range(rank * ORACLE_BLOCK, stream.total, ranks * ORACLE_BLOCK):
                 block = torch.from_numpy(stream.read(start, min(ORACLE_BLOCK, stream.total - start)))
                 pseudo_fill(self.tables, torch.cat(pseudo_keys(self.rule, block.to(self.process.device))))
-        except (DataError, OSError) as error:
-            failure = error
-        self.process.agree(0.0, failure)
         self.process.sum(self.tables)
 
     def ratios(self, ids: Tensor, targets: Tensor) -> Tensor:
@@ -2670,8 +2595,8 @@ def audit_spans(scorer, decoder, tokens: np.ndarray, prices: np.ndarray, spans) 
     """Return condition -> [deviation, tolerance], and the receipt of each span: its targets, coded.
 
     `prices` (N,) in nats are what the ledger took in. Both scorers are seen through `predict` alone."""
-    found = dict.fromkeys(("normalised", "fast is slow", "decodes", "coded size"), 0.0)
-    coded = []
+    tolerances = {"normalised": 1e-9, "fast is slow": 1e-5, "decodes": 0.0, "coded size": 0.0}
+    found, coded = {name: [0.0, most] for name, most in tolerances.items()}, []
     for targets in spans:
         data, seen = encode_targets(scorer, tokens, targets)
         ledger_bits = -float(prices[targets].sum()) / math.log(2)
@@ -2685,11 +2610,10 @@ def audit_spans(scorer, decoder, tokens: np.ndarray, prices: np.ndarray, spans) 
             float((decoded != tokens).sum()),
             max(excess, 0.0),
         )
-        found = {name: max(found[name], value) for name, value in zip(found, values, strict=True)}
+        for entry, value in zip(found.values(), values, strict=True):
+            entry[0] = max(entry[0], value)
         coded.append(data)
-    tolerances = (1e-9, 1e-5, 0.0, 0.0)
-    checked = {name: [found[name], most] for name, most in zip(found, tolerances, strict=True)}
-    return checked | {"coverage": [deviation(prices, prices[: len(tokens) - 1]), 0.0]}, coded
+    return found, coded
 
 
 def audit_scorer(scorer, decoder, tokens: np.ndarray, prices: np.ndarray, spans) -> tuple[dict, list[bytes]]:
@@ -2723,24 +2647,24 @@ def audit_recorded(settings: Settings) -> dict[str, list[float]]:
 
     It holds tokens (N + 1,), prices (N,) in nats and bytes (N,) of all targets, val_bpb (), and, of some
     targets (M,), counted from 0 and ascending, logp (M, V)."""
+    tokenizer = Tokenizer.load(Path(settings.tokenizer_path))
     try:
         with np.load(settings.audit_target) as file:
             names = ("tokens", "prices", "bytes", "targets", "logp", "val_bpb")
             tokens, prices, size, targets, logp, val_bpb = (file[name] for name in names)
-        recorded = Recorded(targets, logp)
+        total, recorded = len(tokens) - 1, Recorded(targets, logp)
+        covered = prices.shape == size.shape == (total,)
+        require(covered, f"prices and bytes are not {total} each, as many as tokens less one")
+        require(len(targets) > 0, "it records the distribution of no target")
         found, _ = audit_spans(recorded, recorded, tokens, prices, [targets])
-    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"AUDIT_TARGET={settings.audit_target}: {error}; the README describes the file"
-        ) from error
+        rules = [int(tokenizer.target_bytes(tokens, exact).sum()) for exact in (True, False)]
+        bits = -prices.astype(np.float64).sum() / math.log(2)
+        found["ledger"] = [abs(float(bits / size.sum() - val_bpb)), 1e-6]
+    except (*ARTIFACT_FAULTS, OSError, EOFError, IndexError, zipfile.BadZipFile) as error:
+        text = f"AUDIT_TARGET={settings.audit_target}: {error}; the README describes the file"
+        raise DataError(text) from error
     found["normalised"][1] = 1e-6  # of rows in float32
-    tokenizer = Tokenizer.load(Path(settings.tokenizer_path))
-    rules = [int(tokenizer.target_bytes(tokens, exact).sum()) for exact in (True, False)]
     found["bytes"] = [float(min(abs(int(size.sum()) - rule) for rule in rules)), 0.0]
-    found["ledger"] = [
-        abs(bits_per_byte(-prices.astype(np.float64).sum(), size.sum()) - float(val_bpb)),
-        1e-6,
-    ]
     return found
 
 
@@ -2761,37 +2685,44 @@ def audit_data(dataset: Dataset, score: Score, folder: Path) -> dict[str, list[f
     """Return condition -> [deviation, tolerance] of the bytes and documents of the validation split."""
     pieces = [dataset.tokenizer.pieces[token] for token in dataset.val_tokens.tolist()]
     size, found = sum(map(len, pieces[1:])), {}
-    if dataset.manifest is None:  # a space behind a marker is free in the contest
-        pairs = itertools.pairwise(pieces)
+    if dataset.manifest is None:  # in the contest a space behind a marker is free, but for pure bytes
+        pairs = itertools.pairwise(pieces if dataset.tokenizer.model else [])
         size -= sum(now.startswith(b" ") and not before for before, now in pairs)
     else:
-        shared = [
-            documents(dataset.val_tokens) & documents(open_shard(p)) for p in folder.glob("*_train_*.bin")
-        ]
-        found["disjoint"] = [float(sum(map(len, shared))), 0.0]
+        own, paths = documents(dataset.val_tokens), folder.glob("*_train_*.bin")
+        found["disjoint"] = [float(sum(len(own & documents(open_shard(path))) for path in paths)), 0.0]
     return found | {"bytes": [float(abs(size - score.bytes)), 0.0]}
 
 
-def audit_report(found: dict[str, list[float]], run_dir: Path, log: Log, clock: Clock, **more) -> str:
-    """Write audit.json; return the conditions that are broken, as text."""
-    broken = [name for name, (value, most) in found.items() if not value <= most]
+def audit_report(found: dict[str, list[float]], log: Log, started: float, **more: object) -> str:
+    """Write audit.json; return the conditions that are broken, as text. `started`: of time.perf_counter."""
+    # JSON knows no infinity; what is no number counts as the largest.
+    found = {name: (min(sys.float_info.max, value), most) for name, (value, most) in found.items()}
+    broken = [name for name, (value, most) in found.items() if value > most]
     conditions = {n: {"deviation": value, "tolerance": most} for n, (value, most) in found.items()}
-    clock.stop()
-    seconds = clock.total_ms / 1000
+    seconds = time.perf_counter() - started
     report = {"passed": not broken, "broken": broken, "seconds": seconds, "conditions": conditions, **more}
-    write_atomically(run_dir / "audit.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_atomically(log.folder / "audit.json", (json.dumps(report, indent=2) + "\n").encode())
     verdict = f"broken: {', '.join(broken)}" if broken else "all hold"
-    log.event("audit", f"audit: {len(found)} conditions, {verdict} seconds:{seconds:.1f}", **report)
+    measured = ", ".join(f"{name} {value:.2g}" for name, (value, _) in found.items())
+    log.event("audit", f"audit: {verdict} ({measured}) seconds:{seconds:.1f}", **report)
     return ", ".join(f"{name} is off by {found[name][0]:.3g} (at most {found[name][1]:g})" for name in broken)
 
 
-def audit_run(scorer: Scorer, scored: Scored, score: Score, path: Path, dataset: Dataset, log: Log) -> str:
+def batches_sha256(batches: Iterable[Tensor]) -> str:
+    """Return the SHA-256 of some batches of tokens."""
+    return hashlib.sha256(b"".join(batch.numpy().tobytes() for batch in batches)).hexdigest()
+
+
+def audit_run(
+    scorer: Scorer, scored: Scored, score: Score, path: Path, dataset: Dataset, log: Log, trained: dict
+) -> str:
     """Prove on the artifact at `path` that `score` is a code length; return what is broken, "" if nothing is.
 
     Writes audit.json and receipt.bin beside each other. Two fresh scorers of the file on disk take the parts
-    of encoder and decoder; of the run they get the neural prices of targets before the late span alone."""
-    s, tokens, clock = scorer.settings, dataset.val_tokens, Clock(scorer.process)
-    clock.start()
+    of encoder and decoder; of the run they get the neural prices of targets before the late span alone.
+    `trained`: how many steps, and the hash of the held-out batches that weights were chosen on."""
+    s, tokens, started = scorer.settings, dataset.val_tokens, time.perf_counter()
     artifact, alone = read_artifact(path), Process(0, 1, scorer.process.device)
     model, prices = load_model(artifact, s, alone), scored.mixture.logp.cpu().numpy()
     total = len(tokens) - 1
@@ -2799,6 +2730,7 @@ def audit_run(scorer: Scorer, scored: Scored, score: Score, path: Path, dataset:
     border = next((b for b in begins if b >= 2 * total // 3 + LATE_TARGETS // 2), total)
     late = max(border - LATE_TARGETS // 2, min(HEAD_TARGETS, total))
     spans = [range(min(HEAD_TARGETS, total)), range(late, min(late + LATE_TARGETS, total))]
+    spans = [span for span in spans if span]
     spread = [range(b, b + 1) for b in begins[:: len(begins) // AUDIT_SPREAD + 1] if b < late]
 
     def fresh(logits=None, table=None, **changes: object) -> Scorer:
@@ -2812,15 +2744,20 @@ def audit_run(scorer: Scorer, scored: Scored, score: Score, path: Path, dataset:
     closed, neural = (fresh(**change).prices(head) for change in ({"cache_lr": 0.0}, {"ngram_cache": "none"}))
     found["gate closed"] = [deviation(closed, neural), 0.0]
     found["uniform"] = [deviation(flat.prices(head), uniform), 1e-6]
-    found["ledger"] = [abs(score.val_loss + float(prices.astype(np.float64).sum()) / score.tokens), 1e-6]
-    found["artifact"] = [float(file_sha256(path) != artifact.sha256), 0.0]
+    found["coverage"] = [float(abs(score.tokens - total)), 0.0]
+    bits = -prices.astype(np.float64).sum() / math.log(2)
+    found["ledger"] = [abs(score.val_bpb - bits / score.bytes), 1e-6]
+    used = {name: weight.cpu().numpy() for name, weight in scorer.model.state_dict().items()}
+    found["artifact"] = [max(deviation(used[n], w.numpy()) for n, w in artifact.weights.items()), 0.0]
+    if dataset.stream:
+        slots = range(0, s.micro_batch_slots, scorer.process.world_size)
+        held_out = batches_sha256(dataset.stream.batch(trained["steps"], slot) for slot in slots)
+        found["selection"] = [float(trained["held_out_sha256"] != held_out), 0.0]
     found |= audit_data(dataset, score, Path(s.data_path))
     write_atomically(log.folder / "receipt.bin", b"".join(coded[: len(spans)]))
-    sizes = [
-        {"first": span.start, "targets": len(span), "bytes": len(data)}
-        for span, data in zip(spans, coded, strict=False)
-    ]
-    return audit_report(found, log.folder, log, clock, receipt=sizes)
+    pairs = zip(spans, coded, strict=False)
+    receipt = [{"first": span[0], "targets": len(span), "bytes": len(data)} for span, data in pairs]
+    return audit_report(found, log, started, receipt=receipt)
 
 
 def run_codec(settings: Settings, process: Process, artifact: Artifact) -> None:
@@ -2870,34 +2807,28 @@ class LossWatch:
     def push(self, step: int, matrix_lr: float, loss: Tensor) -> None:
         """Queue the loss of `step`, which ran at Muon's rate `matrix_lr`; read those that are old enough."""
         copy = loss.to("cpu", non_blocking=True)  # pinned memory: the host goes on
-        event = torch.cuda.current_stream().record_event() if loss.is_cuda else None
-        self.pending.append((step, matrix_lr, copy, event))
+        copied = torch.cuda.current_stream().record_event() if loss.is_cuda else None
+        self.pending.append((f"step {step}", f"at matrix learning rate {matrix_lr:.6g}", copy, copied))
         self.drain(LOSS_LAG_STEPS)
 
     def drain(self, keep: int = 0) -> float:
         """Read all but the newest `keep` losses; return the last one read. Raises NonFiniteError."""
         while len(self.pending) > keep:
-            step, matrix_lr, loss, event = self.pending.pop(0)
-            if event is not None:
-                event.synchronize()
+            step, rate, loss, copied = self.pending.pop(0)
+            _ = copied and copied.synchronize()
             if not math.isfinite(loss):
-                state = f"at matrix learning rate {matrix_lr:.6g}, the last good one was {self.last_good:.4f}"
-                remedy = "lower MATRIX_LR, SCALAR_LR and TIED_EMBED_LR, or set GRAD_CLIP_NORM"
-                raise NonFiniteError(f"step {step}: train_loss is {loss:f} {state}; {remedy}")
+                state = f"{step}: train_loss is {loss:f} {rate}, the last good one was {self.last_good:.4f}"
+                raise NonFiniteError(f"{state}; lower the learning rates, or set GRAD_CLIP_NORM")
             self.last_good = float(loss)
         return self.last_good
 
 
-def load_batches(stream: TokenStream, step: int, clock: Clock) -> tuple[list[Tensor], float]:
-    """Return this rank's micro-batches of `step` (slot s: rank s mod world size) and rank 0's clock in ms."""
-    process, batches, failure = clock.process, [], None
-    try:
-        for slot in range(process.rank, stream.settings.micro_batch_slots, process.world_size):
-            batch = stream.batch(step, slot)
-            batches.append(batch.pin_memory() if process.device.type == "cuda" else batch)
-    except (DataError, OSError) as error:
-        failure = error  # raised on all ranks, so that nobody waits for this one in a collective
-    return batches, process.agree(clock.read_ms(), failure)
+def load_batches(stream: TokenStream, step: int, process: Process) -> list[Tensor]:
+    """Return this rank's micro-batches of `step`: slot s belongs to rank s mod world size."""
+    slots = range(process.rank, stream.settings.micro_batch_slots, process.world_size)
+    with process.together():
+        batches = [stream.batch(step, slot) for slot in slots]
+    return [batch.pin_memory() for batch in batches] if process.device.type == "cuda" else batches
 
 
 def warm_up(model: GPT, losses, stream: TokenStream, process: Process, log: Log) -> None:
@@ -2905,15 +2836,16 @@ def warm_up(model: GPT, losses, stream: TokenStream, process: Process, log: Log)
     saved = {name: weight.clone() for name, weight in model.state_dict().items()}
     steps, optimizers = stream.settings.warmup_steps, Optimizers(model, stream.settings, process)
     for step in range(steps * len(losses)):
-        batches, _ = load_batches(stream, step, Clock(process))
-        optimizers.gather(losses[step // steps], batches)
+        optimizers.gather(losses[step // steps], load_batches(stream, step, process))
         optimizers.step(1.0, stream.settings.muon_momentum)
         log.line(f"warmup_step:{step + 1}/{steps * len(losses)}")
     model.load_state_dict(saved)
 
 
-def choose_weights(averages: Averages, model: GPT, batches: list, process: Process, log: Log) -> dict:
-    """Return the candidate of least loss on `batches`: training tokens after the last step's, never val."""
+def choose_weights(averages: Averages, model: GPT, batches: list, process: Process, log: Log) -> tuple:
+    """Return the candidate of least loss on `batches`, and their hash as a number of the run.
+
+    They are training tokens after the last step's, never validation tokens."""
     candidates, losses = averages.candidates(), {}
     pairs = [(ids[:, :-1], ids[:, 1:]) for ids in (batch.to(process.device).long() for batch in batches)]
     for name, weights in candidates.items() if len(candidates) > 1 else ():
@@ -2926,7 +2858,8 @@ def choose_weights(averages: Averages, model: GPT, batches: list, process: Proce
     numbers["moved"] = averages.moved(candidates[chosen])
     line = " ".join(f"{name}:{value:.6g}" for name, value in numbers.items())
     log.event("average", f"average:{chosen} {line} of the weights", average=chosen, **numbers)
-    return {name: weight for name, weight in candidates[chosen].items() if not name.startswith("mtp_heads.")}
+    kept = {name: weight for name, weight in candidates[chosen].items() if not name.startswith("mtp_heads.")}
+    return kept, {"held_out_sha256": batches_sha256(batches)}
 
 
 def train(dataset: Dataset, settings: Settings, process: Process, log: Log, compiled: bool) -> tuple:
@@ -2943,16 +2876,16 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
     warm_up(model, losses, stream, process, log)
     optimizers, averages = Optimizers(model, settings, process), Averages(model, settings)
     clock, watch, bar = Clock(process), LossWatch(), process.progress(total, "train")
-    step, quantized, before_ms, every = 0, False, 0.0, settings.train_log_every
+    quantized, before_ms, every = False, 0.0, settings.train_log_every
     clock.start()
     if oracle:
         oracle.count(stream)
         process.synchronize()
-        before_ms = process.agree(clock.read_ms(), None)
+        before_ms = process.agree(clock.read_ms())
         line = f"oracle: hashed {stream.total} training tokens train_time:{before_ms:.0f}ms"
         log.event("oracle", line, tokens=stream.total, seconds=before_ms / 1000)
-    while True:
-        batches, elapsed_ms = load_batches(stream, step, clock)
+    for step in range(total + 1):
+        batches, elapsed_ms = load_batches(stream, step, process), process.agree(clock.read_ms())
         finished = step == total or elapsed_ms >= (1000.0 * settings.max_wallclock_seconds or math.inf)
         if step and (finished or step <= 10 or (every and step % every == 0)):
             log.step("train", step, total, elapsed_ms, train_loss=watch.drain())
@@ -2960,7 +2893,7 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
             clock.stop()
             watch.drain()
             chunks = score_stream(logits, dataset.val_tokens, settings, settings.window, process, "validate")
-            val_loss, val_bpb, *_ = account(chunks, dataset, process)
+            val_loss, val_bpb, *_ = account(chunks, dataset.target_bytes, process)
             log.step("validation", step, total, clock.total_ms, val_loss=val_loss, val_bpb=val_bpb)
             if finished:
                 break
@@ -2973,9 +2906,8 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
         aware.sharpen(scale)
         loss = optimizers.gather(losses[-1 if quantized else 0], batches)
         optimizers.step(scale, momentum_at(step, settings))
-        step += 1
-        averages.update(step, scale)
-        watch.push(step, settings.matrix_lr * scale, loss)
+        averages.update(step + 1, scale)
+        watch.push(step + 1, settings.matrix_lr * scale, loss)
         bar.update()
     bar.close()
     if step < total:
@@ -2983,78 +2915,27 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
     if process.device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         log.line(f"peak memory allocated: {allocated // 2**20} MiB reserved: {reserved // 2**20} MiB")
-    numbers = {"steps": step, "train_seconds": clock.total_ms / 1000, "train_loss": watch.last_good}
-    numbers |= {"training_val_loss": val_loss, "training_val_bpb": val_bpb}
-    return choose_weights(averages, model, batches, process, log), numbers
+    weights, numbers = choose_weights(averages, model, batches, process, log)
+    numbers |= {"steps": step, "train_seconds": clock.total_ms / 1000, "train_loss": watch.last_good}
+    return weights, numbers | {"training_val_loss": val_loss, "training_val_bpb": val_bpb}
 
 
-def export(weights: dict, dataset: Dataset, settings: Settings, process: Process, path: Path) -> Artifact:
-    """Write the artifact on rank 0 while the other ranks wait for it; return what the file holds."""
-    failure = None
-    try:
-        if process.is_main:
-            embed = bool(dataset.manifest and dataset.manifest["tokenizer"]["trained_here"])
-            write_atomically(path, pack_artifact(weights, settings, dataset.tokenizer, embed))
-    except (NonFiniteError, OSError) as error:
-        failure = error
-    process.agree(0.0, failure)
-    return read_artifact(path)
-
-
-def xz_bits_per_byte(dataset: Dataset, log: Log) -> float | None:
-    """Return what `xz -9e` makes of the raw validation documents; None if they are unknown or too much."""
-    if dataset.manifest is None or not 0 < int(dataset.target_bytes.sum()) <= RAW_TEXT_LIMIT:
-        return None
-    text = dataset.tokenizer.decode(dataset.val_tokens.tolist())
-    bpb = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
-    log.event("reference", f"reference: xz -9e on the same {len(text)} bytes: {bpb:.4f} bpb", xz_bpb=bpb)
-    return bpb
-
-
-def log_cache(neural: Tensor, mixture: Mixture, dataset: Dataset, log: Log) -> dict[str, object]:
-    """Log what the cache gained over the neural prices (N,): by document, by family, along the stream."""
-    bits = -torch.stack((neural, mixture.logp)).double().cpu().numpy() / math.log(2)  # (2, N)
+def log_cache(scored: Scored, dataset: Dataset, log: Log) -> dict[str, object]:
+    """Log what the cache gained over the neural prices: by document, by family, along the stream."""
+    bits = -torch.stack((scored.table[0], scored.mixture.logp)).double().cpu().numpy() / math.log(2)  # (2, N)
     size, markers = dataset.target_bytes.astype(np.float64), dataset.val_tokens[:-1] == MARKER_ID
     document = np.cumsum(markers) - markers[0]  # the first document is number 0, marker or not
     alone, mixed = (bits.sum(axis=1) / size.sum()).tolist()
     low, high = gain_interval(bits[0] - bits[1], size, document)
-    numbers = {"neural_bpb": alone, "cache_gain_bpb": alone - mixed, "cache_weights": mixture.weights}
-    numbers["cache_gain_interval"] = [low, high]
-    weights = " ".join(f"{name}:{weight:.3f}" for name, weight in mixture.weights.items())
+    numbers = {"neural_bpb": alone, "cache_gain_bpb": alone - mixed}
+    numbers |= {"cache_weights": scored.mixture.weights, "cache_gain_interval": [low, high]}
+    weights = " ".join(f"{name}:{weight:.3f}" for name, weight in scored.mixture.weights.items())
     gain = f"gain:{alone - mixed:.6f} ({low:.4f} to {high:.4f}) mean weights: {weights}"
     log.event("cache", f"ngram_cache: neural_bpb:{alone:.6f} cache_bpb:{mixed:.6f} {gain}", **numbers)
     curve = np.cumsum(bits, axis=1) / np.cumsum(size).clip(min=1e-9)
     for end in np.linspace(0, len(size), CURVE_POINTS + 1).astype(int)[1:].tolist():
-        alone, mixed = curve[:, end - 1].tolist()
-        log.event("curve", "", tokens=end, neural_bpb=alone, cache_bpb=mixed)
+        log.event("curve", "", tokens=end, neural_bpb=curve[0, end - 1], cache_bpb=curve[1, end - 1])
     return numbers
-
-
-def score_final(scorer: Scorer, dataset: Dataset, log: Log, clock: Clock) -> tuple[Scored, Score, dict]:
-    """Score the validation split with the neural model and, if it is on, the exact cache.
-
-    Returns the scored stream, its account and all numbers. A pseudo-score goes to the log only."""
-    settings, process, numbers = scorer.settings, scorer.process, {}
-    rule, tokens = PSEUDO_RULES.get(settings.pseudo), dataset.val_tokens
-    scored = scorer.score(tokens, beside=rule.beside if rule else 0)
-    logp, entropy, prices = scored.table[0], scored.table[1], scored.mixture.logp
-    priced = (chunk._replace(logp=prices.index_select(0, chunk.positions)) for chunk in scored.chunks)
-    final = account(priced, dataset, process)
-    clock.stop()  # what follows describes the score, or is none
-    if settings.ngram_cache == "exact" and process.is_main:
-        numbers = log_cache(logp, scored.mixture, dataset, log)
-    line = f"final_score: window:{settings.window} stride:{settings.eval_stride} tokens:{final.tokens}"
-    line += f" bytes:{final.bytes} val_loss:{final.val_loss:.8f} val_bpb:{final.val_bpb:.8f}"
-    log.event("score", f"{line} eval_time:{clock.total_ms:.0f}ms", **final._asdict())
-    if rule:
-        at = pseudo_targets(len(tokens) - 1, settings)
-        rows = score_sample(scorer.logits, tokens, at, settings, process) if rule.peeks else None
-        if process.is_main:
-            needed = scored.table[-rule.beside :].t() if rule.beside else None
-            streams = (tokens, logp, entropy, dataset.target_bytes)
-            line, pseudo = pseudo_report(*streams, settings, rows, needed)
-            log.event("pseudo", line, **pseudo)
-    return scored, final, {**final._asdict(), **numbers}
 
 
 def evaluate(
@@ -3063,25 +2944,50 @@ def evaluate(
     settings: Settings,
     process: Process,
     log: Log,
-    compiled: bool,
-    path: Path,
+    compiled,
+    path,
+    trained,
 ) -> dict[str, object]:
-    """Score the validation split with a fresh model of the artifact's weights; return the final numbers."""
-    clock = Clock(process)
+    """Return the numbers of the artifact's score on the validation split; a pseudo-score is logged only."""
+    tokens, rule, clock = dataset.val_tokens, PSEUDO_RULES.get(settings.pseudo), Clock(process)
     clock.start()
     model = load_model(artifact, settings, process)
     body = model.logits if settings.pseudo == "none" else pseudo_logits(model)
     scorer = Scorer(model, settings, process, torch.compile(body, dynamic=False) if compiled else body)
-    scored, score, final = score_final(scorer, dataset, log, clock)
-    reference = {"xz_bpb": xz_bits_per_byte(dataset, log)} if process.is_main else {}
-    if settings.audit and process.is_main:
-        reference["audit"] = audit_run(scorer, scored, score, path, dataset, log)
-    process.agree(0.0, None)
-    return {**final, "eval_seconds": clock.total_ms / 1000, **reference}
+    scored = scorer.score(tokens, beside=rule.beside if rule else 0)
+    prices = scored.mixture.logp
+    priced = (chunk._replace(logp=prices.index_select(0, chunk.positions)) for chunk in scored.chunks)
+    score = account(priced, dataset.target_bytes, process)
+    clock.stop()  # what follows describes the score, or is none
+    at = pseudo_targets(score.tokens, settings)
+    rows = score_sample(scorer.logits, tokens, at, settings, process) if rule and rule.peeks else None
+    numbers = score._asdict() | {"eval_seconds": clock.total_ms / 1000}
+    with process.together():
+        if not process.is_main:
+            return numbers
+        if settings.ngram_cache == "exact":
+            numbers |= log_cache(scored, dataset, log)
+        line = f"final_score: window:{settings.window} stride:{settings.eval_stride} tokens:{score.tokens}"
+        line += f" bytes:{score.bytes} val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}"
+        log.event("score", f"{line} eval_time:{clock.total_ms:.0f}ms", **score._asdict())
+        if rule:
+            beside, neural = scored.table[-rule.beside :].t() if rule.beside else None, scored.table[:2]
+            line, figures = pseudo_report(tokens, *neural, dataset.target_bytes, settings, rows, beside)
+            log.event("pseudo", line, **figures)
+        numbers["xz_bpb"] = None
+        if dataset.manifest and score.bytes <= RAW_TEXT_LIMIT:
+            text = dataset.tokenizer.decode(tokens.tolist())
+            numbers["xz_bpb"] = bpb = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+            line = f"reference: xz -9e on the same {len(text)} bytes: {bpb:.4f} bpb"
+            log.event("reference", line, xz_bpb=bpb)
+        if settings.audit:
+            numbers["audit"] = audit_run(scorer, scored, score, path, dataset, log, trained)
+    return numbers
 
 
-def log_start(settings: Settings, process: Process, log: Log, script_sha256: str) -> None:
-    """Log what a reader needs to repeat the run."""
+def run(settings: Settings, process: Process, log: Log, artifact: Artifact | None) -> dict[str, object]:
+    """Do the whole run, or score `artifact` if there is one; return all final numbers. Raises RunError."""
+    script_sha256, path = file_sha256(Path(__file__)), Path(settings.eval_only or log.folder / "artifact.bin")
     changed = " ".join(f"{name}={value}" for name, value in settings.changed().items()) or "none"
     log.event("settings", f"settings that differ from the defaults: {changed}", **vars(settings))
     cuda, ranks, slots = process.device.type == "cuda", process.world_size, settings.micro_batch_slots
@@ -3089,14 +2995,9 @@ def log_start(settings: Settings, process: Process, log: Log, script_sha256: str
     log.line(f"torch:{torch.__version__} python:{platform.python_version()} device:{device}")
     log.line(f"script_sha256:{script_sha256}")
     log.line(f"world_size:{ranks} grad_accum_steps:{slots // ranks} seed:{settings.seed}")
-
-
-def run(settings: Settings, process: Process, run_dir: Path, log: Log, artifact: Artifact | None) -> dict:
-    """Do the whole run, or score `artifact` if there is one; return all final numbers. Raises RunError."""
-    script, path = Path(__file__), Path(settings.eval_only or run_dir / "artifact.bin")
-    script_sha256, cuda = file_sha256(script), process.device.type == "cuda"
-    log_start(settings, process, log, script_sha256)
-    dataset = load_dataset(settings, artifact.tokenizer if artifact else None)
+    if settings.audit_target:
+        return {"audit": audit_report(audit_recorded(settings), log, time.perf_counter())}
+    dataset = load_dataset(settings, artifact and artifact.tokenizer)
     if stream := dataset.stream:
         log.line(f"train_loader:{settings.data_path} shards:{len(stream.paths)} tokens:{stream.total}")
     log.line(f"val_loader:tokens:{len(dataset.target_bytes)} bytes:{int(dataset.target_bytes.sum())}")
@@ -3111,14 +3012,18 @@ def run(settings: Settings, process: Process, run_dir: Path, log: Log, artifact:
     numbers: dict[str, object] = {"steps": 0, "train_seconds": 0.0}
     if artifact is None:
         weights, numbers = train(dataset, settings, process, log, compiled)
-        artifact = export(weights, dataset, settings, process, path)
+        with process.together():
+            if process.is_main:
+                embed = bool(dataset.manifest and dataset.manifest["tokenizer"]["trained_here"])
+                write_atomically(path, pack_artifact(weights, settings, dataset.tokenizer, embed))
+        artifact = read_artifact(path)
     if artifact.tokenizer_sha256 != dataset.tokenizer.sha256:
         raise DataError(f"TOKENIZER_PATH={settings.tokenizer_path}: {path} was made with another; set that")
-    size, code, limit = artifact.size, script.stat().st_size, settings.artifact_limit_bytes
+    size, code, limit = artifact.size, os.path.getsize(__file__), settings.artifact_limit_bytes
     sizes = {"artifact_bytes": size, "code_bytes": code, "total_bytes": size + code}
     line = f"artifact:{path} weights:{size} code:{code} total:{size + code} limit:{limit} bytes"
     log.event("artifact", line, **sizes)
-    result = evaluate(artifact, dataset, settings, process, log, compiled, path) | numbers | sizes
+    result = evaluate(artifact, dataset, settings, process, log, compiled, path, numbers) | numbers | sizes
     result["hashes"] = {"artifact_sha256": artifact.sha256, "script_sha256": script_sha256, **dataset.hashes}
     score = "final val_bpb:{val_bpb:.8f} val_loss:{val_loss:.8f} artifact_bytes:{artifact_bytes}"
     seconds = "train_seconds:{train_seconds:.1f} eval_seconds:{eval_seconds:.1f}"
@@ -3139,58 +3044,54 @@ def failure_of(error: BaseException) -> tuple[int, str]:
     return 1, repr(error)
 
 
-def run_and_record(settings: Settings, process: Process, note: str, artifact: Artifact | None) -> int:
-    """Run, write result.json whatever happens, and return the exit code."""
+def run_and_record(settings: Settings, process: Process, artifact: Artifact | None, assumed: bool) -> None:
+    """Run, and write result.json whatever happens; raises SizeError and AuditError once all is recorded."""
     run_id = settings.run_id or f"{settings.recipe}-seed{settings.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(settings.run_dir or f"runs/{process.share(run_id)[0]}")
     if settings.eval_only and Path(settings.eval_only).resolve().parent == run_dir.resolve():
         raise SettingError(f"RUN_DIR={run_dir} holds the artifact's own run; name another folder")
     log = Log(process, run_dir)
-    for name in ("result.json", "artifact.bin") if process.is_main else ():
+    for name in ("result.json", "artifact.bin", "audit.json", "receipt.bin") if process.is_main else ():
         (run_dir / name).unlink(missing_ok=True)
-    if note:
-        log.line(note)
+    if assumed:
+        log.line("RECIPE is not set and there is no CUDA device: RECIPE=cpu")
     record: dict[str, object] = {"exit_code": 0, "run_id": run_id, "recipe": settings.recipe}
     record |= {"seed": settings.seed, "world_size": process.world_size, "settings": settings.changed()}
     try:
-        record |= run(settings, process, run_dir, log, artifact)
-        if (total := record["total_bytes"]) > (limit := settings.artifact_limit_bytes):
-            text = f"{total} bytes of code and weights, over ARTIFACT_LIMIT_BYTES={limit}"
-            raise SizeError(f"{text}; shrink it")
+        record |= run(settings, process, log, artifact)
+        if (size := record.get("total_bytes", 0)) > (limit := settings.artifact_limit_bytes):
+            raise SizeError(f"{size} bytes of code and weights, over ARTIFACT_LIMIT_BYTES={limit}; shrink it")
         if broken := record.get("audit"):
             raise AuditError(f"the score is not proven: {broken}; see audit.json")
     except BaseException as error:
         record["exit_code"], record["error"] = failure_of(error)
-        if record["exit_code"] == 1:
-            raise
+        raise
     finally:
         if process.is_main:
             write_atomically(run_dir / "result.json", (json.dumps(record, indent=2) + "\n").encode())
         log.close(record.get("error"))
-    return record["exit_code"]
 
 
 def main(environment: Mapping[str, str]) -> int:
     """Run what `environment` asks for and return the exit code."""
-    code, is_main, note = 0, environment.get("RANK", "0") == "0", ""
-    if "RECIPE" not in environment and not torch.cuda.is_available():
-        environment = {**environment, "RECIPE": "cpu"}
-        note = "RECIPE is not set and there is no CUDA device: RECIPE=cpu"
+    assumed = "RECIPE" not in environment and not torch.cuda.is_available()
+    environment = {**environment, "RECIPE": "cpu"} if assumed else environment
     try:
         codec = environment.get("CODEC", "none") != "none"
         path = environment.get("ARTIFACT" if codec else "EVAL_ONLY")
         artifact = read_artifact(Path(path)) if path else None
-        settings = Settings.from_env(environment, artifact.settings if artifact else None)
+        settings = Settings.from_env(environment, artifact and artifact.settings)
         with open_process(environment, settings) as process:
             if not codec:
-                code = run_and_record(settings, process, note, artifact)
-            elif is_main:
+                run_and_record(settings, process, artifact, assumed)
+            elif process.is_main:
                 run_codec(settings, process, artifact)
-    except (RunError, OSError, KeyboardInterrupt) as error:
+        return 0
+    except (RunError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
         code, message = failure_of(error)
-        if is_main:
-            print(f"error: {message}", file=sys.stderr)
-    if code and not is_main:
+    if environment.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    else:
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(RANK_0_SECONDS)
     return code

@@ -104,6 +104,7 @@ def env(dataset_dir, tmp_path):
         "RUN_DIR": str(tmp_path / "run"),
         "EVAL_STRIDE": "32",
         "VAL_LOSS_EVERY": "0",
+        "AUDIT": "0",  # test_12_audit.py has it on
     }
 
 

@@ -109,14 +109,18 @@ class SlowMixture:
     """The exact cache token by token: dictionaries, whole distributions, autograd, float64 throughout.
 
     `row()` is the distribution of the next token, given the neural model's row; then `reveal` the token.
+    `proposers`: families whose last continuation's neural price is a feature too, after the longest order's.
     """
 
-    def __init__(self, vocab_size, orders, inside, hidden, steps, rate, chunk):
-        self.vocab_size = vocab_size
+    def __init__(self, vocab_size, orders, inside, hidden, steps, rate, chunk, proposers=None):
+        self.vocab_size, self.proposers = vocab_size, proposers
         self.orders, self.inside, self.steps, self.chunk = orders, inside, steps, chunk
         self.tables, self.tokens, self.document = {}, [], 0
         self.families = len(orders) + sum(order <= inside for order in orders)
         features = 6 * self.families + 7
+        if proposers is not None:
+            names = [f"order{n}" for n in orders] + [f"document{n}" for n in orders if n <= inside]
+            features += 1 + len(set(names) & set(proposers))
         noise = torch.randn(hidden, features, generator=torch.Generator().manual_seed(0))
         shapes = [(features, hidden), (vocab_size + 1, hidden), (vocab_size + 1, hidden)]
         shapes += [(hidden, 1 + 2 * self.families), (1 + 2 * self.families,)]
@@ -143,10 +147,14 @@ class SlowMixture:
         """Return features, token rows, evidence and distributions of all experts (experts, V)."""
         features, experts, known, longest, neighbour = [], [], [True], self.vocab_size, -1
         experts.append(np.exp(np.asarray(logp_row, dtype=np.float64)))
-        counts, points = [], []
+        counts, points, proposed = [], [], []
         log = lambda number: round(12 * math.log1p(number)) / 48  # noqa: E731
-        for key in self.contexts():
+        kinds = ((kind, n) for n in self.orders for kind in ("order", "document"))
+        kinds = [f"{kind}{n}" for kind, n in kinds if kind == "order" or n <= self.inside]
+        for key, name in zip(self.contexts(), kinds, strict=True):
             entry = self.tables.get(key)
+            if self.proposers is not None and name in self.proposers:
+                proposed.append(None if entry is None else entry[0][-1])
             if entry is None:
                 features += [0.0] * 6
                 counts.append(np.zeros(self.vocab_size))
@@ -169,6 +177,9 @@ class SlowMixture:
         late = ([0.0] * 16 + self.prices)[-16:]
         shared = [1.0, entropy / 4 - 1, math.exp(-entropy)] + [late[-lag] / 4 for lag in (1, 2, 3)]
         shared.append(sum(late) / 16 / 2)
+        if self.proposers is not None:
+            proposed.insert(0, longest if longest < self.vocab_size else None)
+            shared += [0.0 if token is None else logp_row[token] / 4 for token in proposed]
         features += [max(value, -6.0) for value in shared]
         known += known[1:]
         return features, (self.tokens[-1], longest), known, np.stack(experts + counts + points)

@@ -227,6 +227,8 @@ ACTS = {
     "DATA_PATH": "/nowhere",
     "TOKENIZER_PATH": "/nowhere/tokenizer.model",
     "EVAL_ONLY": "/nowhere/artifact.bin",
+    "AUDIT": "1",
+    "AUDIT_TARGET": "/nowhere/recorded.npz",
     "CODEC": "decompress",
     "ARTIFACT": "/nowhere/artifact.bin",
     "INPUT": "/nowhere/text",
@@ -307,6 +309,7 @@ def observe(env, monkeypatch, tmp_path):
         seen["events"] = [len(metrics_of(env, event)) for event in ("train", "validation")]
         log = (run_dirs[0] / "run.log").read_text()
         seen["lines"] = [re.sub(r"[\d.]+", "", line) for line in log.splitlines() if "average:" in line]
+        seen["audited"] = (run_dirs[0] / "audit.json").exists()
         seen["header"] = (run_dirs[0] / "artifact.bin").read_bytes()[-40:]
         if (settings := Settings.from_env(env)).pseudo != "none":
             tokens, sizes = np.arange(500) ** 2 % 37 % 11, np.ones(499)

@@ -1,5 +1,7 @@
 """MODEL: shapes, causality, attention against a naive twin. Run alone: pytest tests/test_04_model.py"""
 
+import math
+
 import numpy as np
 import pytest
 import reference
@@ -358,31 +360,8 @@ def test_attention_choice_on_cpu(process):
         train_gpt.select_attention(Settings.from_env({"ATTENTION": "fa4"}), process, Lines())
 
 
-class FakeCuda:
-    """A process that says CUDA, so that the choice among kernels runs on any machine."""
-
-    device = torch.device("cuda")
-
-
-def test_attention_falls_back_and_says_why(monkeypatch):
-    tried = []
-
-    def try_kernel(name, settings, process):
-        tried.append(name)
-        if name == "fa3":
-            raise ModuleNotFoundError("no flash_attn_interface")
-
-    monkeypatch.setattr(train_gpt, "try_attention_kernel", try_kernel)
-    log = Lines()
-    train_gpt.select_attention(Settings(), FakeCuda(), log)
-    assert tried == ["fa3", "fa4"]
-    assert log.lines == ["attention:fa4 reason:agrees with PyTorch's own kernel"]
-    with pytest.raises(SettingError, match=r"ATTENTION=fa3 does not work here .*no flash_attn_interface"):
-        train_gpt.select_attention(Settings.from_env({"ATTENTION": "fa3"}), FakeCuda(), Lines())
-
-
 class FakeDevice:
-    """Says CUDA where it is asked, and puts tensors on the CPU."""
+    """Says CUDA where it is asked, and puts tensors on the CPU: the choice among kernels runs anywhere."""
 
     class Name(str):
         type = "cuda"
@@ -391,28 +370,55 @@ class FakeDevice:
         self.device = FakeDevice.Name("cpu")
 
 
-def test_kernel_comparison_refuses_a_wrong_kernel(monkeypatch):
+def switch_to(monkeypatch, activate):
+    """Let `activate` take the place of torch's switch of kernels; None stands for switching back."""
+    back = lambda: activate(None)  # noqa: E731
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate, raising=False)
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", back, raising=False)
+
+
+def test_attention_falls_back_and_says_why(monkeypatch):
+    tried = []
+
+    def activate(name):
+        tried.append((name, torch.backends.cuda.cudnn_sdp_enabled()))
+        if name == "FA3":
+            raise ModuleNotFoundError("no flash_attn_interface")
+
+    switch_to(monkeypatch, activate)
+    log = Lines()
+    train_gpt.select_attention(Settings.from_env(TINY), FakeDevice(), log)
+    assert tried == [("FA3", False), (None, False), ("FA4", False)]
+    assert log.lines == ["attention:fa4 reason:agrees with PyTorch's own kernel"]
+    with pytest.raises(SettingError, match=r"ATTENTION=fa3 does not work here .*no flash_attn_interface"):
+        train_gpt.select_attention(Settings.from_env(TINY | {"ATTENTION": "fa3"}), FakeDevice(), Lines())
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("wrong", ["output", "gradient", "nan"])
+def test_kernel_comparison_refuses_a_wrong_kernel(monkeypatch, wrong):
     original = train_gpt.F.scaled_dot_product_attention
     state = {"name": None}
-    monkeypatch.setattr(
-        torch.nn.attention,
-        "activate_flash_attention_impl",
-        lambda name: state.update(name=name),
-        raising=False,
-    )
-    device = FakeDevice()
-    train_gpt.try_attention_kernel("fa3", Settings.from_env(TINY), device)
+    switch_to(monkeypatch, lambda name: state.update(name=name))
+    settings, log = Settings.from_env(TINY | {"ATTENTION": "fa3"}), Lines()
+    train_gpt.select_attention(settings, FakeDevice(), log)
     assert state["name"] == "FA3"
+    assert log.lines == ["attention:fa3 reason:agrees with PyTorch's own kernel"]
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     state["name"] = None
 
-    def wrong(*args, **keywords):
-        output = original(*args, **keywords)
-        return output if state["name"] is None else 1.05 * output
+    def attention(q, k, v, **keywords):
+        output = original(q, k, v, **keywords)
+        if state["name"] is None:
+            return output
+        broken = {"output": 1.05 * output, "nan": output * math.nan}
+        return broken.get(wrong, original(q, k.detach(), v, **keywords) + 0 * k.sum())
 
-    monkeypatch.setattr(train_gpt.F, "scaled_dot_product_attention", wrong)
-    with pytest.raises(RuntimeError, match="differs from PyTorch's kernel"):
-        train_gpt.try_attention_kernel("fa3", Settings.from_env(TINY), device)
-    torch.backends.cuda.enable_cudnn_sdp(True)
+    monkeypatch.setattr(train_gpt.F, "scaled_dot_product_attention", attention)
+    with pytest.raises(SettingError, match="RuntimeError: differs from PyTorch's kernel"):
+        train_gpt.select_attention(settings, FakeDevice(), Lines())
+    assert state["name"] is None
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_torch_without_other_kernels_is_no_obstacle(monkeypatch):

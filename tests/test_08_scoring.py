@@ -11,10 +11,10 @@ import train_gpt
 from train_gpt import (
     GPT,
     DataError,
-    Ledger,
     NonFiniteError,
     ScoredChunk,
     Settings,
+    account,
     plan_windows,
     score_stream,
 )
@@ -149,11 +149,10 @@ def test_uniform_model_scores_exactly_log2_of_the_vocabulary(process):
         return torch.zeros(*ids[:, -last:].shape, 64)
 
     tokens = np.random.default_rng(2).integers(0, 64, 1001).astype(np.uint16)
-    ledger = Ledger(np.full(1000, 3), process)
-    for chunk in priced(uniform, tokens, 32, 8, 4, process, 64):
-        ledger.add(chunk)
+    chunks = list(priced(uniform, tokens, 32, 8, 4, process, 64))
+    for chunk in chunks:
         assert chunk.entropy.tolist() == pytest.approx([math.log(64)] * len(chunk.entropy), rel=1e-6)
-    score = ledger.close()
+    score = account(chunks, np.full(1000, 3), process)
     assert score.val_loss == pytest.approx(math.log(64), rel=1e-7)
     assert score.val_bpb == pytest.approx(2.0, rel=1e-7)
 
@@ -165,10 +164,8 @@ def chunk_of(positions, logp):
 
 def test_a_figure_worked_by_hand(process):
     """Probabilities 1/2, 1/8, 1/4 cost 1 + 3 + 2 = 6 bits; over 4 + 0 + 5 = 9 bytes: 2/3 bit per byte."""
-    ledger = Ledger(np.array([4, 0, 5]), process)
-    ledger.add(chunk_of([2], [math.log(1 / 4)]))
-    ledger.add(chunk_of([0, 1], [math.log(1 / 2), math.log(1 / 8)]))
-    score = ledger.close()
+    chunks = chunk_of([2], [math.log(1 / 4)]), chunk_of([0, 1], [math.log(1 / 2), math.log(1 / 8)])
+    score = account(chunks, np.array([4, 0, 5]), process)
     assert score.val_bpb == pytest.approx(2 / 3, rel=1e-7)
     assert score.val_loss == pytest.approx(2 * math.log(2), rel=1e-7)
     assert (score.tokens, score.bytes) == (3, 9)
@@ -177,27 +174,23 @@ def test_a_figure_worked_by_hand(process):
 @pytest.mark.parametrize(
     ("positions", "wrong"), [([0, 1], 1), ([0, 1, 1], 2), ([0, 1, 2, 2], 1), ([0, 1, 2, 0, 1, 2], 3), ([], 3)]
 )
-def test_ledger_refuses_targets_not_priced_exactly_once(process, positions, wrong):
-    ledger = Ledger(np.ones(3), process)
-    for position in positions:
-        ledger.add(chunk_of([position], [-1.0]))
+def test_account_refuses_targets_not_priced_exactly_once(process, positions, wrong):
+    chunks = [chunk_of([position], [-1.0]) for position in positions]
     with pytest.raises(DataError, match=f"^{wrong} of 3 targets were not priced exactly once"):
-        ledger.close()
+        account(chunks, np.ones(3), process)
 
 
-def test_ledger_counts_a_repeat_inside_one_chunk(process):
-    ledger = Ledger(np.ones(2), process)
-    ledger.add(chunk_of([0, 0, 1], [-1.0, -1.0, -1.0]))
+def test_account_counts_a_repeat_inside_one_chunk(process):
     with pytest.raises(DataError, match="1 of 2 targets"):
-        ledger.close()
+        account([chunk_of([0, 0, 1], [-1.0, -1.0, -1.0])], np.ones(2), process)
 
 
-def test_ledger_is_not_fooled_by_a_counter_that_wraps(process):
-    """257 prices of one target look like one to a counter of 8 bits."""
-    ledger = Ledger(np.ones(2), process)
-    ledger.add(chunk_of([0] * 257 + [1], [-0.001] * 258))
-    with pytest.raises(DataError, match="some of 2 targets were not priced exactly once"):
-        ledger.close()
+@pytest.mark.parametrize("bits", [8, 16])
+def test_account_is_not_fooled_by_a_counter_that_wraps(process, bits):
+    """257 prices of one target look like one to a counter of 8 bits, 65,537 to one of 16."""
+    repeats = 2**bits + 1
+    with pytest.raises(DataError, match="1 of 2 targets were not priced exactly once"):
+        account([chunk_of([0] * repeats + [1], [-0.001] * (repeats + 1))], np.ones(2), process)
 
 
 def test_a_plan_that_skips_or_repeats_is_caught(process, monkeypatch):
@@ -207,10 +200,7 @@ def test_a_plan_that_skips_or_repeats_is_caught(process, monkeypatch):
 
     def total_with(bad):
         monkeypatch.setattr(train_gpt, "plan_windows", lambda *_: bad)
-        ledger = Ledger(np.ones(49), process)
-        for chunk in priced(model.logits, tokens, 16, 4, 5, process):
-            ledger.add(chunk)
-        return ledger.close()
+        return account(priced(model.logits, tokens, 16, 4, 5, process), np.ones(49), process)
 
     total_with(plan)
     skipping = plan.copy()
@@ -220,22 +210,16 @@ def test_a_plan_that_skips_or_repeats_is_caught(process, monkeypatch):
             total_with(bad)
 
 
-def test_ledger_refuses_scores_without_meaning(process):
-    ledger = Ledger(np.ones(1), process)
-    ledger.add(chunk_of([0], [float("nan")]))
+def test_account_refuses_scores_without_meaning(process):
     with pytest.raises(NonFiniteError, match="nan nats"):
-        ledger.close()
-    ledger = Ledger(np.zeros(1), process)
-    ledger.add(chunk_of([0], [-1.0]))
+        account([chunk_of([0], [float("nan")])], np.ones(1), process)
     with pytest.raises(DataError, match="have no bytes"):
-        ledger.close()
+        account([chunk_of([0], [-1.0])], np.zeros(1), process)
 
 
 def test_float64_sums_of_many_small_prices(process):
     """Ten million prices of 0.1 nats in chunks: float32 sums would be off in the fourth digit."""
-    ledger = Ledger(np.ones(10_000_000, np.int8), process)
-    price = torch.full((1_000_000,), -0.1)
-    for first in range(0, 10_000_000, 1_000_000):
-        positions = torch.arange(first, first + 1_000_000)
-        ledger.add(ScoredChunk(positions, positions, price, price, price[None][:0]))
-    assert ledger.close().val_loss == pytest.approx(float(-price[0].double()), rel=1e-12)
+    price, places = torch.full((1_000_000,), -0.1), torch.arange(10_000_000).split(1_000_000)
+    chunks = (ScoredChunk(positions, positions, price, price, price[None][:0]) for positions in places)
+    score = account(chunks, np.ones(10_000_000, np.int8), process)
+    assert score.val_loss == pytest.approx(float(-price[0].double()), rel=1e-12)

@@ -95,7 +95,7 @@ def test_validation_during_training_leaves_no_trace(env, tmp_path):
 def test_eval_only_gives_the_runs_number(env, tmp_path):
     """Without the recipe: what the model and the score depend on comes from the artifact."""
     assert main(env) == 0
-    only = {name: env[name] for name in ("DATA_PATH",)}
+    only = {name: env[name] for name in ("DATA_PATH", "AUDIT")}
     only |= {"EVAL_ONLY": str(Path(env["RUN_DIR"]) / "artifact.bin"), "RUN_DIR": str(tmp_path / "only")}
     assert main(only) == 0
     first, second = result_of(env), result_of(only)
@@ -110,7 +110,12 @@ def test_eval_only_gives_the_runs_number(env, tmp_path):
 def test_eval_only_refuses_what_does_not_fit(env, tmp_path, capsys):
     assert main(env) == 0
     path = Path(env["RUN_DIR"]) / "artifact.bin"
-    only = {"DATA_PATH": env["DATA_PATH"], "EVAL_ONLY": str(path), "RUN_DIR": str(tmp_path / "only")}
+    only = {
+        "AUDIT": "0",
+        "DATA_PATH": env["DATA_PATH"],
+        "EVAL_ONLY": str(path),
+        "RUN_DIR": str(tmp_path / "only"),
+    }
     assert main({**only, "MODEL_DIM": "64"}) == 2
     assert "MODEL_DIM=64 contradicts the artifact's 32" in capsys.readouterr().err
     path.write_bytes(path.read_bytes()[:-5])
@@ -132,7 +137,12 @@ def test_without_manifest_the_artifact_names_its_tokenizer(env, dataset_dir, tmp
     assert main(env) == 0
     path = Path(env["RUN_DIR"]) / "artifact.bin"
     assert train_gpt.read_artifact(path).tokenizer is None
-    only = {"EVAL_ONLY": str(path), "DATA_PATH": env["DATA_PATH"], "RUN_DIR": str(tmp_path / "only")}
+    only = {
+        "EVAL_ONLY": str(path),
+        "AUDIT": "0",
+        "DATA_PATH": env["DATA_PATH"],
+        "RUN_DIR": str(tmp_path / "only"),
+    }
     assert main({**only, "TOKENIZER_PATH": env["TOKENIZER_PATH"]}) == 0
     other = tmp_path / "other.model"
     model = (dataset_dir / "tokenizer.model").read_bytes()
@@ -255,7 +265,11 @@ def test_two_ranks_train_and_score_as_one(env, tmp_path):
     assert second["world_size"] == 2
     assert second["val_loss"] == pytest.approx(first["val_loss"], abs=2e-3)
     # The score itself depends on the ranks by float32 rounding only: the same artifact, scored by one rank.
-    only = {"EVAL_ONLY": str(Path(two["RUN_DIR"]) / "artifact.bin"), "DATA_PATH": env["DATA_PATH"]}
+    only = {
+        "EVAL_ONLY": str(Path(two["RUN_DIR"]) / "artifact.bin"),
+        "AUDIT": "0",
+        "DATA_PATH": env["DATA_PATH"],
+    }
     assert main({**only, "RUN_DIR": str(tmp_path / "only"), "EVAL_STRIDE": "32"}) == 0
     again = result_of({"RUN_DIR": str(tmp_path / "only")})
     assert again["val_loss"] == pytest.approx(second["val_loss"], abs=1e-6)
@@ -333,7 +347,11 @@ def test_two_ranks_stop_at_the_same_step_and_score_an_artifact(env, tmp_path):
     assert done.returncode == 0, done.stderr
     first = result_of(run)
     assert 1 <= first["train_seconds"] < 10
-    only = {"EVAL_ONLY": str(Path(env["RUN_DIR"]) / "artifact.bin"), "DATA_PATH": env["DATA_PATH"]}
+    only = {
+        "EVAL_ONLY": str(Path(env["RUN_DIR"]) / "artifact.bin"),
+        "AUDIT": "0",
+        "DATA_PATH": env["DATA_PATH"],
+    }
     only |= {"RECIPE": "smoke", "RUN_DIR": str(tmp_path / "only"), "EVAL_STRIDE": "32"}
     done = torchrun(2, "train_gpt.py", env=only)
     assert done.returncode == 0, done.stderr
@@ -384,11 +402,12 @@ def test_the_model_that_is_scored_comes_from_the_artifact_alone(env, process):
     """Settings of another shape than the artifact's play no part in its score."""
     assert main(env) == 0
     settings = train_gpt.Settings.from_env(env)
-    artifact = train_gpt.read_artifact(Path(env["RUN_DIR"]) / "artifact.bin")
-    dataset = train_gpt.load_dataset(settings)
+    path = Path(env["RUN_DIR"]) / "artifact.bin"
+    artifact, dataset = train_gpt.read_artifact(path), train_gpt.load_dataset(settings)
     other = train_gpt.Settings.from_env({**env, "NUM_LAYERS": "2", "ROPE_BASE": "50", "LOGIT_SOFTCAP": "3"})
     log = train_gpt.Log(train_gpt.Process(1, 2, process.device), Path("unused"))
-    scores = [train_gpt.evaluate(artifact, dataset, s, process, log, False) for s in (settings, other)]
+    inputs = (process, log, False, path, {})
+    scores = [train_gpt.evaluate(artifact, dataset, s, *inputs) for s in (settings, other)]
     assert scores[0]["val_loss"] == scores[1]["val_loss"] == result_of(env)["val_loss"]
 
 
@@ -451,8 +470,9 @@ def test_two_ranks_choose_as_one(env, tmp_path):
     env |= {"QAT_START": "scale:0.9", "MATRIX_BITS": "5", "BIGRAM_VOCAB_SIZE": "50"}
     one, two = ({**env, "RUN_DIR": str(tmp_path / name)} for name in ("one", "two"))
     assert main(one) == 0
-    done = torchrun(2, "train_gpt.py", env=two)
+    done = torchrun(2, "train_gpt.py", env={**two, "AUDIT": "1"})
     assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "two" / "audit.json").read_text())["conditions"]["selection"]
     (first,), (second,) = metrics_of(one, "average"), metrics_of(two, "average")
     assert first["average"] == second["average"]
     for name, value in first.items():
@@ -522,7 +542,11 @@ def test_the_gate_learns_beside_the_model(env, monkeypatch):
 
 def test_an_artifact_with_a_gate_is_scored_alone(env, tmp_path):
     assert main({**env, **GATED}) == 0
-    only = {"EVAL_ONLY": str(Path(env["RUN_DIR"]) / "artifact.bin"), "DATA_PATH": env["DATA_PATH"]}
+    only = {
+        "EVAL_ONLY": str(Path(env["RUN_DIR"]) / "artifact.bin"),
+        "AUDIT": "0",
+        "DATA_PATH": env["DATA_PATH"],
+    }
     assert main({**only, "RUN_DIR": str(tmp_path / "only")}) == 0
     again = result_of({"RUN_DIR": str(tmp_path / "only")})
     assert again["val_loss"] == result_of(env)["val_loss"]

@@ -2762,8 +2762,9 @@ def run_codec(settings: Settings, process: Process, artifact: Artifact) -> None:
     torch.set_num_threads(1)
     target, start = Path(settings.output), time.perf_counter()
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_dir() or not os.access(target.parent, os.W_OK):
-        raise SettingError(f"OUTPUT={target} is a folder or in a locked one; name another file")
+    used = [Path(name).resolve() for name in (settings.input, settings.artifact)]
+    if target.resolve() in used or target.is_dir() or not os.access(target.parent, os.W_OK):
+        raise SettingError(f"OUTPUT={target} is INPUT, ARTIFACT or a folder, or locked; name another file")
     tokenizer = artifact.tokenizer or Tokenizer.load(Path(settings.tokenizer_path))
     if tokenizer.sha256 != artifact.tokenizer_sha256:
         raise DataError(f"TOKENIZER_PATH={settings.tokenizer_path} is not the artifact's tokenizer; set that")

@@ -2586,33 +2586,30 @@ def decompress_text(packed: bytes, scorer: Scorer, tokenizer: Tokenizer, artifac
 
 
 def deviation(got: np.ndarray, expected: np.ndarray) -> float:
-    """Return the largest difference; infinite where shapes differ or a number is none."""
+    """Return the largest difference; the largest number where shapes differ or a number is none."""
     same = got.shape == expected.shape and np.isfinite(got).all()
-    return float(np.abs(got - expected).max(initial=0.0)) if same else math.inf
+    return float(np.abs(got - expected).max(initial=0.0)) if same else sys.float_info.max
 
 
 def audit_spans(scorer, decoder, tokens: np.ndarray, prices: np.ndarray, spans) -> tuple[dict, list[bytes]]:
     """Return condition -> [deviation, tolerance], and the receipt of each span: its targets, coded.
 
-    `prices` (N,) in nats are what the ledger took in. Both scorers are seen through `predict` alone."""
-    tolerances = {"normalised": 1e-9, "fast is slow": 1e-5, "decodes": 0.0, "coded size": 0.0}
-    found, coded = {name: [0.0, most] for name, most in tolerances.items()}, []
+    `prices` (N,) in nats are what the account took in. Both scorers are seen through `predict` alone."""
+    rows, coded, wrong, excess = [np.empty((0, 3))], [], 0, 0.0
     for targets in spans:
         data, seen = encode_targets(scorer, tokens, targets)
-        ledger_bits = -float(prices[targets].sum()) / math.log(2)
-        decoded = tokens.copy()
+        bits, decoded = -float(prices[targets].sum()) / math.log(2), tokens.copy()
         decoded[np.add(targets, 1)] = MARKER_ID
         decode_targets(decoder, decoded, targets, data)
-        excess = abs(8 * len(data) - ledger_bits) - 0.001 * ledger_bits - 128
-        values = (
-            deviation(seen[:, 0], np.ones(len(seen))),
-            deviation(np.log(seen[:, 1]), prices[targets]),
-            float((decoded != tokens).sum()),
-            max(excess, 0.0),
+        wrong, excess = (
+            wrong + (decoded != tokens).sum(),
+            max(excess, abs(8 * len(data) - bits) - 0.001 * bits),
         )
-        for entry, value in zip(found.values(), values, strict=True):
-            entry[0] = max(entry[0], value)
+        rows.append(np.column_stack((seen, prices[targets])))
         coded.append(data)
+    sums, slow, fast = np.concatenate(rows).T
+    found = {"normalised": [deviation(sums, np.ones_like(sums)), 1e-9], "decodes": [float(wrong), 0.0]}
+    found |= {"fast is slow": [deviation(np.log(slow), fast), 1e-5], "coded size": [excess, 128.0]}
     return found, coded
 
 
@@ -2696,17 +2693,19 @@ def audit_data(dataset: Dataset, score: Score, folder: Path) -> dict[str, list[f
 
 def audit_report(found: dict[str, list[float]], log: Log, started: float, **more: object) -> str:
     """Write audit.json; return the conditions that are broken, as text. `started`: of time.perf_counter."""
-    # JSON knows no infinity; what is no number counts as the largest.
-    found = {name: (min(sys.float_info.max, value), most) for name, (value, most) in found.items()}
-    broken = [name for name, (value, most) in found.items() if value > most]
-    conditions = {n: {"deviation": value, "tolerance": most} for n, (value, most) in found.items()}
-    seconds = time.perf_counter() - started
-    report = {"passed": not broken, "broken": broken, "seconds": seconds, "conditions": conditions, **more}
+    broken = [f"{name} is off by {v:.3g} (at most {most:g})" for name, (v, most) in found.items() if v > most]
+    conditions = {name: {"deviation": v, "tolerance": most} for name, (v, most) in found.items()}
+    report = {
+        "passed": not broken,
+        "seconds": time.perf_counter() - started,
+        "conditions": conditions,
+        **more,
+    }
     write_atomically(log.folder / "audit.json", (json.dumps(report, indent=2) + "\n").encode())
-    verdict = f"broken: {', '.join(broken)}" if broken else "all hold"
-    measured = ", ".join(f"{name} {value:.2g}" for name, (value, _) in found.items())
-    log.event("audit", f"audit: {verdict} ({measured}) seconds:{seconds:.1f}", **report)
-    return ", ".join(f"{name} is off by {found[name][0]:.3g} (at most {found[name][1]:g})" for name in broken)
+    verdict = ", ".join(broken)
+    line = f"audit: {verdict or f'{len(found)} conditions hold'} seconds:{report['seconds']:.1f}"
+    log.event("audit", line, **report)
+    return verdict
 
 
 def batches_sha256(batches: Iterable[Tensor]) -> str:
@@ -2736,14 +2735,12 @@ def audit_run(
     def fresh(logits=None, table=None, **changes: object) -> Scorer:
         return Scorer(model, dataclasses.replace(s, **changes), alone, logits, table)
 
-    before = scored.table[:, :late]
+    before, head = scored.table[:, :late], tokens[: AUDIT_HEAD + 1]
     found, coded = audit_scorer(fresh(table=before), fresh(table=before), tokens, prices, spans + spread)
+    neural, closed = fresh(ngram_cache="none").prices(head), fresh(cache_lr=0.0).prices(head)
     flat = fresh(lambda ids, last: ids.new_zeros((len(ids), last, s.vocab_size)).float(), ngram_cache="none")
-    head = tokens[: AUDIT_HEAD + 1]
-    uniform = np.full(len(head) - 1, -math.log(s.vocab_size))
-    closed, neural = (fresh(**change).prices(head) for change in ({"cache_lr": 0.0}, {"ngram_cache": "none"}))
     found["gate closed"] = [deviation(closed, neural), 0.0]
-    found["uniform"] = [deviation(flat.prices(head), uniform), 1e-6]
+    found["uniform"] = [deviation(flat.prices(head), np.full_like(neural, -math.log(s.vocab_size))), 1e-6]
     found["coverage"] = [float(abs(score.tokens - total)), 0.0]
     bits = -prices.astype(np.float64).sum() / math.log(2)
     found["ledger"] = [abs(score.val_bpb - bits / score.bytes), 1e-6]
@@ -2763,24 +2760,22 @@ def audit_run(
 def run_codec(settings: Settings, process: Process, artifact: Artifact) -> None:
     """Compress or decompress INPUT to OUTPUT with `artifact`; on one thread, for the same bits each time."""
     torch.set_num_threads(1)
-    source, target, start = Path(settings.input), Path(settings.output), time.perf_counter()
+    target, start = Path(settings.output), time.perf_counter()
     target.parent.mkdir(parents=True, exist_ok=True)
-    taken = target.resolve() in (source.resolve(), Path(settings.artifact).resolve())
-    if taken or target.is_dir() or not os.access(target.parent, os.W_OK):
+    used = [Path(name).resolve() for name in (settings.input, settings.artifact)]
+    if target.resolve() in used or target.is_dir() or not os.access(target.parent, os.W_OK):
         raise SettingError(f"OUTPUT={target} is INPUT, ARTIFACT or a folder, or locked; name another file")
     tokenizer = artifact.tokenizer or Tokenizer.load(Path(settings.tokenizer_path))
     if tokenizer.sha256 != artifact.tokenizer_sha256:
         raise DataError(f"TOKENIZER_PATH={settings.tokenizer_path} is not the artifact's tokenizer; set that")
     scorer = Scorer(load_model(artifact, settings, process), settings, process)
-    work = {"compress": compress_text, "decompress": decompress_text}[settings.codec]
+    packs, data = settings.codec == "compress", Path(settings.input).read_bytes()
     try:
-        data = source.read_bytes()
-        result = work(data, scorer, tokenizer, artifact.sha256)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"INPUT={source}: {reason}; name another file or artifact") from error
+        result = (compress_text if packs else decompress_text)(data, scorer, tokenizer, artifact.sha256)
+    except ValueError as error:
+        raise DataError(f"INPUT={settings.input}: {error}; name another file or artifact") from error
     write_atomically(target, result)
-    text, coded = (data, result) if settings.codec == "compress" else (result, data)
+    text, coded = (data, result) if packs else (result, data)
     bits, seconds = 8 * len(coded) / max(len(text), 1), time.perf_counter() - start
     line = f"{settings.codec}: {len(text)} bytes of text, {len(coded)} coded"
     print(f"{line}, bits_per_byte:{bits:.4f} seconds:{seconds:.1f}")

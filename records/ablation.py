@@ -47,16 +47,34 @@ PARTS = {
     "gradient clipping at 0.3": "GRAD_CLIP_NORM=0.3",
     "SWA": "AVERAGE=swa",
 }
-# Chosen from the table of single parts.
-TOGETHER, COMBINED = "all that helped", ()
+# Parts that help on their own, at the width of MLP that leaves the artifact below the contest's limit.
+TOGETHER = "all that helped"
+COMBINED = (
+    "bigram table, xor",
+    "smear gate, half",
+    "value embeddings in blocks 9, 10",
+    "value residual",
+    "gated attention",
+    "exclusive attention, all",
+    "leaky relu, squared",
+    "as many value heads as query heads",
+    "gradient clipping at 0.3",
+)
+NARROWER = "MLP_MULT=2.5"
+QUESTIONED = ("value embeddings in blocks 9, 10", "value residual")  # parts with much in common
+CHANGED = {
+    "all, half the value heads and an MLP of 3 widths": "NUM_KV_HEADS=2 MLP_MULT=3",
+    "all, and a head for the token after": PARTS["a head for the token after"],
+}
 
 
 def variants() -> dict[str, str]:
     """Return every model to train by name, as what it changes in BASE."""
-    together = {TOGETHER: COMBINED} if COMBINED else {}
-    together |= {f"all but: {part}": tuple(p for p in COMBINED if p != part) for part in COMBINED}
-    single = {"base": "", **PARTS}
-    return single | {name: " ".join(PARTS[part] for part in parts) for name, parts in together.items()}
+    together = {TOGETHER: COMBINED}
+    together |= {f"all but: {part}": tuple(p for p in COMBINED if p != part) for part in QUESTIONED}
+    combined = {name: " ".join((*map(PARTS.get, parts), NARROWER)) for name, parts in together.items()}
+    changed = {name: f"{combined[TOGETHER]} {changes}" for name, changes in CHANGED.items()}
+    return {"base": "", **PARTS, **combined, **changed}
 
 
 def measure(name: str, seed: int) -> dict[str, float]:

@@ -2,9 +2,10 @@
 
 The folder holds mix_train_000000.bin (shuffled documents of technical and other English text) and the
 contest's tokenizer of 1,024 pieces; its name comes from SAMPLE_DATA. Training reads 16 places of the shard
-side by side; the last 2,048 tokens before each next place are held out. No validation split is read. A seed
-stands for initial weights and for the place where training starts to read: runs of one seed see the same
-tokens in the same order. Runs are limited by steps, never by the clock, so a busy machine changes nothing.
+(or a multiple) side by side; the last 2,048 tokens before each next of the 16 are held out. No validation
+split is read. A seed stands for initial weights and for the place where training starts to read: runs of
+one seed see the same tokens in the same order. Runs are limited by steps, never by the clock, so a busy
+machine changes nothing.
 """
 
 from __future__ import annotations
@@ -77,11 +78,10 @@ def open_data(folder: Path, settings: train_gpt.Settings) -> train_gpt.Dataset:
     stream = Shifted([folder / "mix_train_000000.bin"], settings)
     stream.shift = SEED_SHIFT * (settings.seed - 1)
     lane, tokens = stream.total // LANES, stream.shards[0]
-    read = stream.shift + settings.iterations * settings.train_batch_tokens // LANES
-    if settings.data_lanes != LANES or read + 2 * settings.train_seq_len >= lane - HELD_OUT:
-        raise SystemExit(
-            f"error: {read} tokens of {LANES} lanes of {lane} reach the held-out ones; train less"
-        )
+    read = stream.shift + settings.iterations * settings.train_batch_tokens // settings.data_lanes
+    room = stream.total // settings.data_lanes - HELD_OUT - 2 * settings.train_seq_len
+    if settings.data_lanes % LANES or read >= room:
+        raise SystemExit(f"error: {read} tokens of a lane reach the held-out ones after {room}; train less")
     held_out = np.concatenate([tokens[end - HELD_OUT : end] for end in lane * np.arange(1, LANES + 1)])
     target_bytes = tokenizer.byte_table(exact=True).lengths(held_out[:-1], held_out[1:])
     return train_gpt.Dataset(stream, held_out, target_bytes, tokenizer, None, {})

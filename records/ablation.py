@@ -110,7 +110,9 @@ def main() -> int:
     known = report.get("variants", {}) if report.get("base") == base else {}
     known = {name: entry for name, entry in known.items() if variants().get(name) == entry["changes"]}
     report = {"base": base, "variants": known}
-    jobs = [(name, seed) for seed in SEEDS for name in variants()]
+    jobs = sorted(
+        ((name, seed) for seed in SEEDS for name in variants()), key=lambda job: job[0] not in PARTS
+    )
     missing = [job for job in jobs if str(job[1]) not in known.get(job[0], {"losses": ()})["losses"]]
     reduced.run_all(measure, missing, functools.partial(keep, report))
     return 0

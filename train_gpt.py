@@ -2693,16 +2693,16 @@ def audit_data(dataset: Dataset, score: Score, folder: Path) -> dict[str, list[f
 
 def audit_report(found: dict[str, list[float]], log: Log, started: float, **more: object) -> str:
     """Write audit.json; return the conditions that are broken, as text. `started`: of time.perf_counter."""
-    broken = [f"{name} is off by {v:.3g} (at most {most:g})" for name, (v, most) in found.items() if v > most]
-    conditions = {name: {"deviation": v, "tolerance": most} for name, (v, most) in found.items()}
-    report = {
-        "passed": not broken,
-        "seconds": time.perf_counter() - started,
-        "conditions": conditions,
-        **more,
+    off = {
+        name: f"off by {value:.3g} (at most {most:g})"
+        for name, (value, most) in found.items()
+        if value > most
     }
+    conditions = {name: {"deviation": value, "tolerance": most} for name, (value, most) in found.items()}
+    report = {"passed": not off, "broken": list(off), "seconds": time.perf_counter() - started}
+    report |= {"conditions": conditions, **more}
     write_atomically(log.folder / "audit.json", (json.dumps(report, indent=2) + "\n").encode())
-    verdict = ", ".join(broken)
+    verdict = ", ".join(f"{name} is {by}" for name, by in off.items())
     line = f"audit: {verdict or f'{len(found)} conditions hold'} seconds:{report['seconds']:.1f}"
     log.event("audit", line, **report)
     return verdict

@@ -1,12 +1,13 @@
 """Measure speed: `make bench`. Writes records/bench/<processor or GPU>.json; timings live here, not in tests.
 
-Per recipe: training tokens a second, the share of a step that the optimizers take, scoring tokens a second,
-seconds and size of an artifact. For the exact cache: tokens a second and memory, from 1 to 16 million tokens.
-For the hashed pseudo-scores: tokens a second of #864's rule, and of the same rule in straightforward numpy,
-with one bincount over all buckets per chunk and table. For the codec: bytes a second and bits per byte of a
-text coded by an artifact of the cpu recipe (ARTIFACT=<file>, or the newest one in runs/, or one trained for
-a few steps), next to xz and PPMd on the same text. Machines are noisy: each figure is the median of
-several repetitions, and what is compared is measured in one run.
+Per recipe, in a process of its own: tokens a second of a training step, the optimizers' share of it, peak
+memory; for two of them scoring tokens a second, seconds and size of an artifact. For the exact cache:
+tokens a second and memory, from 1 to 16 million tokens. For the hashed pseudo-scores: tokens a second of
+#864's rule, and of the same rule in straightforward numpy, with one bincount over all buckets per chunk and
+table. For the codec: bytes a second and bits per byte of a text coded by an artifact of the cpu recipe
+(ARTIFACT=<file>, or the newest one in runs/, or one trained for a few steps), next to xz and PPMd on the same
+text. Machines are noisy: each figure is the median of several repetitions, and what is compared is measured
+in one run.
 """
 
 from __future__ import annotations
@@ -38,17 +39,12 @@ try:
 except ImportError:
     pyppmd = None
 
-# Recipes at a batch that the machine at hand can take: (recipe, variables on a CPU, variables on a GPU).
-CASES = (
-    ("cpu", {}, {}),
-    (
-        "baseline",
-        {"TRAIN_BATCH_TOKENS": "8192", "VAL_BATCH_SIZE": "65536"},
-        {"TRAIN_BATCH_TOKENS": "524288", "VAL_BATCH_SIZE": "524288"},
-    ),
-)
-
-
+# Every recipe but the tests' own: on a GPU with the batch that one of the contest's 8 GPUs gets, on a CPU
+# with one short sequence, `cpu` there as it is. The JSON file has batch and sequence beside each figure.
+RECIPES = [name for name in train_gpt.RECIPES if name != "smoke"]
+ON_GPU = "MICRO_BATCH_SLOTS=1 TRAIN_BATCH_TOKENS=98304 TRAIN_SEQ_LEN=2048 VAL_BATCH_SIZE=98304"
+ON_CPU = "MICRO_BATCH_SLOTS=1 TRAIN_BATCH_TOKENS=1024 TRAIN_SEQ_LEN=1024 VAL_BATCH_SIZE=2048"
+SCORED = ("cpu", "baseline")  # recipes whose scoring and artifact are measured as well
 CACHE_MILLIONS = (1, 2, 4, 8, 16)  # lengths of the streams that the exact cache is measured on, times 2**20
 PASSAGE = 32  # tokens of a copied passage in the made-up stream
 TEXT_BYTES, SHORT_STEPS = 100_000, 100  # of the text that is coded; of an artifact trained for that alone
@@ -61,6 +57,20 @@ def processor_name() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
     return found[1].strip() if found else platform.machine()
+
+
+def peak_mib(process: train_gpt.Process) -> int:
+    """Return the most memory that this process has had: the GPU's, where there is one."""
+    if process.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
+
+
+def in_own_process(*arguments: str) -> dict[str, object]:
+    """Return the figures that this script prints with `arguments`: memory is then theirs alone."""
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout)
 
 
 def median_seconds(process: train_gpt.Process, repetitions: int, work) -> float:
@@ -76,37 +86,64 @@ def median_seconds(process: train_gpt.Process, repetitions: int, work) -> float:
     return statistics.median(times)
 
 
-def bench_recipe(recipe: str, variables: dict[str, str], process: train_gpt.Process) -> dict[str, object]:
-    """Return the figures of one recipe on random tokens."""
-    settings = train_gpt.Settings.from_env({"RECIPE": recipe, **variables})
-    compiled = process.device.type == "cuda"
+def recipe_settings(recipe: str, on_gpu: bool) -> train_gpt.Settings:
+    """Return a recipe's settings with the batch that it is measured at."""
+    batch = ON_GPU if on_gpu else ("" if recipe == "cpu" else ON_CPU)
+    pairs = dict(pair.split("=") for pair in batch.split())
+    return train_gpt.Settings.from_env({"RECIPE": recipe, **pairs})
+
+
+def training_loss(model: train_gpt.GPT, settings: train_gpt.Settings, process: train_gpt.Process):
+    """Return the loss that most steps of a recipe compute, compiled on a GPU, as `train_gpt.train` does."""
+    quantized = settings.qat_start == "step0"
+    loss = train_gpt.QuantizationAware(model, settings) if quantized else model
+    if process.device.type == "cuda":
+        loss = torch.compile(loss, dynamic=False, fullgraph=True)
+    return train_gpt.PseudoOracle(settings, process).beside(loss) if settings.gate_head else loss
+
+
+def bench_steps(settings: train_gpt.Settings, process: train_gpt.Process) -> dict[str, object]:
+    """Return what a training step costs on random tokens: time, the optimizers' share of it, memory."""
+    on_gpu = process.device.type == "cuda"
     torch.manual_seed(0)
     model = train_gpt.GPT(settings).to(process.device)
-    forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+    loss = training_loss(model, settings, process)
     optimizers, averages = train_gpt.Optimizers(model, settings, process), train_gpt.Averages(model, settings)
     rows = settings.train_batch_tokens // settings.micro_batch_slots // settings.train_seq_len
-    shape = (rows, settings.train_seq_len + 1)
-    batches = [
-        torch.randint(0, settings.vocab_size, shape, dtype=torch.int32)
-        for _ in range(settings.micro_batch_slots)
-    ]
-
-    def gather():
-        optimizers.gather(forward, batches)
-
-    def update():
+    shape = (settings.micro_batch_slots, rows, settings.train_seq_len + 1)
+    batches = list(torch.randint(0, settings.vocab_size, shape, dtype=torch.int32))
+    halves = []
+    for _ in range(11 if on_gpu else 3):
+        process.synchronize()
+        start = time.perf_counter()
+        optimizers.gather(loss, batches)
+        process.synchronize()
+        middle = time.perf_counter()
         optimizers.step(1.0, 0.9)
         averages.update(1, 1.0)
+        process.synchronize()
+        halves.append((middle - start, time.perf_counter() - middle))
+    gradient_seconds, update_seconds = map(statistics.median, zip(*halves[1:], strict=True))
+    seconds = gradient_seconds + update_seconds
+    return {
+        "batch_tokens": settings.train_batch_tokens,
+        "sequence_length": settings.train_seq_len,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "step_ms": 1000 * seconds,
+        "train_tokens_per_second": settings.train_batch_tokens / seconds,
+        "optimizer_share": update_seconds / seconds,
+        "peak_mib": peak_mib(process),
+    }
 
-    def step():
-        gather()
-        update()
 
-    step_seconds, update_seconds = median_seconds(process, 5, step), median_seconds(process, 5, update)
+def bench_scoring(settings: train_gpt.Settings, process: train_gpt.Process) -> dict[str, object]:
+    """Return scoring tokens a second, and seconds and size of an artifact, of untrained weights."""
+    model = train_gpt.GPT(settings).to(process.device)
     windows = 4 * settings.val_batch_size // settings.micro_batch_slots // settings.window
     count = settings.window + windows * settings.eval_stride
     tokens = np.random.default_rng(0).integers(0, settings.vocab_size, count + 1).astype(np.uint16)
-    logits = torch.compile(model.logits, dynamic=False) if compiled else model.logits
+    on_gpu = process.device.type == "cuda"
+    logits = torch.compile(model.logits, dynamic=False) if on_gpu else model.logits
 
     def score():
         stream = train_gpt.score_stream(logits, tokens, settings, settings.eval_stride, process, "score")
@@ -115,19 +152,19 @@ def bench_recipe(recipe: str, variables: dict[str, str], process: train_gpt.Proc
     score_seconds = median_seconds(process, 3, score)
     tokenizer = train_gpt.Tokenizer(b'{"config": {"byte_offset": 4}}')
     start = time.perf_counter()
-    weights = next(iter(averages.candidates().values()))
-    artifact = train_gpt.pack_artifact(weights, settings, tokenizer, embed=False)
+    artifact = train_gpt.pack_artifact(dict(model.named_parameters()), settings, tokenizer, embed=False)
     return {
-        "variables": variables,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "step_ms": 1000 * step_seconds,
-        "train_tokens_per_second": settings.train_batch_tokens / step_seconds,
-        "optimizer_share": update_seconds / step_seconds,
         "score_tokens_per_second": count / score_seconds,
         "artifact_seconds": time.perf_counter() - start,
         "artifact_bytes_untrained": len(artifact),
-        "peak_gpu_mib": torch.cuda.max_memory_allocated() // 2**20 if compiled else None,
     }
+
+
+def bench_recipe(recipe: str, process: train_gpt.Process) -> dict[str, object]:
+    """Return the figures of one recipe."""
+    settings = recipe_settings(recipe, process.device.type == "cuda")
+    figures = bench_steps(settings, process)
+    return figures | (bench_scoring(settings, process) if recipe in SCORED else {})
 
 
 def repetitive_tokens(count: int, vocab_size: int = 1024) -> torch.Tensor:
@@ -157,30 +194,13 @@ def bench_cache(millions: int, process: train_gpt.Process) -> dict[str, object]:
     repetitions = 3 if millions == 1 else 1
     count_seconds = median_seconds(process, repetitions, count)
     both_seconds = median_seconds(process, repetitions, count_and_mix)
-    on_gpu = process.device.type == "cuda"
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if on_gpu
-        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
     return {
         "tokens": len(tokens) - 1,
         "count_tokens_per_second": len(tokens) / count_seconds,
         "count_and_mix_tokens_per_second": len(tokens) / both_seconds,
         "seconds": both_seconds,
-        "peak_mib": peak // 2**20,
+        "peak_mib": peak_mib(process),
     }
-
-
-def bench_growth() -> list[dict[str, object]]:
-    """Return the cache's figures for 1 to 16 million tokens, each measured in a process of its own."""
-    figures = []
-    for millions in CACHE_MILLIONS:
-        command = [sys.executable, __file__, "--cache", str(millions)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        figures.append(json.loads(done.stdout))
-        print("bench:cache " + " ".join(f"{k}:{v:.4g}" for k, v in figures[-1].items()), flush=True)
-    return figures
 
 
 def bench_pseudo(process: train_gpt.Process) -> dict[str, float]:
@@ -261,10 +281,19 @@ def figures_line(figures: dict[str, object]) -> str:
     return " ".join(f"{k}:{v:.4g}" for k, v in figures.items() if isinstance(v, int | float))
 
 
+def bench_growth() -> list[dict[str, object]]:
+    """Return the cache's figures for 1 to 16 million tokens, each measured in a process of its own."""
+    figures = []
+    for millions in CACHE_MILLIONS:
+        figures.append(in_own_process("--cache", str(millions)))
+        print(f"bench:cache {figures_line(figures[-1])}", flush=True)
+    return figures
+
+
 def main() -> int:
     """Measure every case, print a line each, write the JSON file."""
     with train_gpt.open_process({}, train_gpt.Settings()) as process:
-        name, on_gpu = processor_name(), process.device.type == "cuda"
+        name = processor_name()
         report = {
             "processor": name,
             "torch": torch.__version__,
@@ -272,10 +301,9 @@ def main() -> int:
             "recipes": {},
         }
         report["cache"] = bench_growth()
-        for recipe, on_cpu_variables, on_gpu_variables in CASES:
-            figures = bench_recipe(recipe, on_gpu_variables if on_gpu else on_cpu_variables, process)
-            report["recipes"][recipe] = figures
-            print(f"bench:{recipe} {figures_line(figures)}", flush=True)
+        for recipe in RECIPES:
+            report["recipes"][recipe] = in_own_process("--recipe", recipe)
+            print(f"bench:{recipe} {figures_line(report['recipes'][recipe])}", flush=True)
         report["pseudo"] = bench_pseudo(process)
         print(f"bench:pseudo {figures_line(report['pseudo'])}", flush=True)
     report["codec"] = bench_codec()
@@ -287,8 +315,11 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--cache"]:
+    if sys.argv[1:2] in (["--cache"], ["--recipe"]):
         with train_gpt.open_process({}, train_gpt.Settings()) as this:
-            print(json.dumps(bench_cache(int(sys.argv[2]), this)))
+            cache = sys.argv[1] == "--cache"
+            print(
+                json.dumps(bench_cache(int(sys.argv[2]), this) if cache else bench_recipe(sys.argv[2], this))
+            )
         sys.exit(0)
     sys.exit(main())

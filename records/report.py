@@ -1,6 +1,6 @@
 """Renew every table and picture made from records: `python records/report.py [--keep RUN_DIR NAME]`.
 
-Out: records/<NAME>/ (result.json, metrics.jsonl, run.log of a kept run), records/cpu_run.svg, and the text
+Out: records/<NAME>/ (result.json, metrics.jsonl, run.log of a kept run), records/*.svg, and the text
 between the `<!-- name -->` and `<!-- end -->` marks of README.md and records/README.md. No number in either
 is typed by hand; a test runs this and fails where a mark's text is not what the records say.
 """
@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
 RECORDS = Path(__file__).resolve().parent
 ROOT = RECORDS.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(RECORDS)]
+import ablation  # noqa: E402
+
 import train_gpt  # noqa: E402
 
 
@@ -65,17 +69,72 @@ def alternatives_table() -> str:
 
 
 def bench_table() -> str:
-    """Return the table of measured speeds, a row per processor and recipe."""
-    rows = ["| processor | recipe | tokens a second, training | optimizer's share | scoring | step |"]
-    rows.append("| --- | --- | --- | --- | --- | --- |")
+    """Return the table of measured speeds by processor and recipe; a cell stays empty without its figure."""
+    head = (
+        "processor",
+        "recipe",
+        "batch, sequence",
+        "tokens a second, training",
+        "step",
+        "optimizer's share",
+    )
+    rows = [f"| {' | '.join((*head, 'peak memory', 'scoring'))} |", "| --- " * 8 + "|"]
     for path in sorted((RECORDS / "bench").glob("*.json")):
         report = json.loads(path.read_text())
         for recipe, v in report["recipes"].items():
+            batch = f"{v['batch_tokens']:,} of {v['sequence_length']:,}" if "batch_tokens" in v else ""
+            peak = f"{v['peak_mib']:,} MiB" if "peak_mib" in v else ""
+            scoring = f"{v['score_tokens_per_second']:,.0f}" if "score_tokens_per_second" in v else ""
             rows.append(
-                f"| {report['processor']}, {report['threads']} threads | {recipe} | "
-                f"{v['train_tokens_per_second']:,.0f} | {v['optimizer_share']:.0%} | "
-                f"{v['score_tokens_per_second']:,.0f} | {v['step_ms']:,.0f} ms |"
+                f"| {report['processor']}, {report['threads']} threads | {recipe} | {batch} | "
+                f"{v['train_tokens_per_second']:,.0f} | {v['step_ms']:,.0f} ms | "
+                f"{v['optimizer_share']:.0%} | {peak} | {scoring} |"
             )
+    return "\n".join(rows)
+
+
+def ablation_table() -> str:
+    """Return the table of parts at reduced width: each against the base, then all but each against all."""
+    results = json.loads((RECORDS / "ablation.json").read_text())["variants"]
+    rows = ["| model | loss | difference | standard error | last weights | parameters |", "| --- " * 6 + "|"]
+    single = [name for name in results if name in ablation.PARTS]
+    single.sort(key=lambda name: ablation.difference(results, name, "base")[0])
+    together = [name for name in results if name not in ablation.PARTS and name != "base"]
+    for name in ["base", *single, *together]:
+        values = results[name]
+        loss, raw = (statistics.mean(values[key].values()) for key in ("losses", "raw"))
+        reference = "base" if name in (*single, ablation.TOGETHER) else ablation.TOGETHER
+        mean, error = ablation.difference(results, name, reference)
+        change = f"{mean:+.4f} | {error:.4f}" if name != "base" else " | "
+        rows.append(f"| {name} | {loss:.4f} | {change} | {raw:.4f} | {values['parameters']:,} |")
+    return "\n".join(rows)
+
+
+def floor_table() -> str:
+    """Return the table of the quantizers: means over the seeds, with the gap that quantization leaves."""
+    table = json.loads((RECORDS / "floor.json").read_text())["rows"]
+    rows = [
+        "| bits | floor | trained for it | bytes | float loss | quantized loss | gap |",
+        "| --- " * 7 + "|",
+    ]
+    for key in dict.fromkeys((row["bits"], row["floor"], row["qat"]) for row in table):
+        same = [row for row in table if (row["bits"], row["floor"], row["qat"]) == key]
+        size, plain, loss = (statistics.mean(row[k] for row in same) for k in ("bytes", "float", "quantized"))
+        floor, qat = ("on" if value else "off" for value in key[1:])
+        figures = f"{size:,.0f} | {plain:.4f} | {loss:.4f} | {loss - plain:+.4f}"
+        rows.append(f"| {key[0]} | {floor} | {qat} | {figures} |")
+    return "\n".join(rows)
+
+
+def curves_table() -> str:
+    """Return the table of the five recipes at reduced width."""
+    recipes = json.loads((RECORDS / "curves.json").read_text())["recipes"]
+    rows = ["| recipe | parameters | quantized from step | held-out loss | after quantization | artifact |"]
+    rows.append("| --- " * 6 + "|")
+    for name, v in recipes.items():
+        losses = f"{v['held_out_loss']:.4f} | {v['held_out_loss_quantized']:.4f}"
+        size = f"{v['artifact_bytes']:,} bytes"
+        rows.append(f"| {name} | {v['parameters']:,} | {v['qat_step']} | {losses} | {size} |")
     return "\n".join(rows)
 
 
@@ -149,6 +208,35 @@ def buckets_svg() -> str:
     return "".join(parts) + "</svg>\n"
 
 
+def curves_svg() -> str:
+    """Return the picture of the five recipes' training losses at reduced width."""
+    report = json.loads((RECORDS / "curves.json").read_text())
+    curves = {name: figures["train_loss"] for name, figures in report["recipes"].items()}
+    steps = report["every"] * max(map(len, curves.values()))
+    top, bottom = math.ceil(max(map(max, curves.values()))), math.floor(min(map(min, curves.values())))
+    left, width, height, base = 60, 600, 220, 260
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 310" font-family="sans-serif"']
+    parts.append(' font-size="12"><rect width="760" height="310" fill="white"/>')
+    title = f"training loss, nats per token, mean of {report['every']} steps"
+    parts.append(f'<text x="{left}" y="22" font-size="14">{title}</text>')
+    for loss in range(bottom, top + 1):
+        y = base - height * (loss - bottom) / (top - bottom)
+        parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{loss}</text>')
+    for step in range(0, steps + 1, 100):
+        x = left + width * step / steps
+        parts.append(f'<text x="{x:.1f}" y="{base + 18}" text-anchor="middle">{step}</text>')
+    parts.append(f'<text x="{left + width / 2}" y="{base + 38}" text-anchor="middle">steps</text>')
+    for place, (name, losses) in enumerate(curves.items()):
+        colour, points = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280")[place], []
+        for index, loss in enumerate(losses):
+            x = left + width * report["every"] * (index + 0.5) / steps
+            points.append(f"{x:.1f},{base - height * (loss - bottom) / (top - bottom):.1f}")
+        parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}"/>')
+        parts.append(f'<text x="680" y="{60 + 20 * place}" fill="{colour}">{name}</text>')
+    return "".join(parts) + "</svg>\n"
+
+
 def curve_svg() -> str:
     """Return the picture of the kept cpu run: training loss over the clock, final score beside xz."""
     result, events = kept_run("cpu")
@@ -196,6 +284,9 @@ BLOCKS = {
     "streams": streams_table,
     "buckets": buckets_table,
     "growth": growth_table,
+    "ablation": ablation_table,
+    "curves": curves_table,
+    "floor": floor_table,
 }
 
 
@@ -214,6 +305,7 @@ def outputs() -> dict[Path, str]:
     return {page: renewed(page.read_text()) for page in pages} | {
         RECORDS / "cpu_run.svg": curve_svg(),
         RECORDS / "buckets.svg": buckets_svg(),
+        RECORDS / "curves.svg": curves_svg(),
     }
 
 

@@ -4,6 +4,7 @@ Run alone: pytest tests/test_12_codec.py. What the slow path computes is compare
 test_12_audit.py.
 """
 
+import contextlib
 import hashlib
 import io
 import math
@@ -339,9 +340,11 @@ def test_an_interrupt_leaves_nothing(tiny_artifact, tmp_path, capsys, monkeypatc
     assert "nothing half-written" in capsys.readouterr().err
 
 
-def test_only_rank_0_works(tiny_artifact, tmp_path, capsys):
+def test_only_rank_0_works(tiny_artifact, tmp_path, capsys, monkeypatch):
+    second = train_gpt.Process(1, 2, torch.device("cpu"))
+    monkeypatch.setattr(train_gpt, "open_process", lambda *_: contextlib.nullcontext(second))
     (tmp_path / "text").write_bytes(ENGLISH)
-    assert codec("compress", tiny_artifact, tmp_path / "text", tmp_path / "coded", RANK="1") == 0
+    assert codec("compress", tiny_artifact, tmp_path / "text", tmp_path / "coded") == 0
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "coded").exists()
 

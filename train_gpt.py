@@ -2693,6 +2693,8 @@ def audit_data(dataset: Dataset, score: Score, folder: Path) -> dict[str, list[f
 
 def audit_report(found: dict[str, list[float]], log: Log, started: float, **more: object) -> str:
     """Write audit.json; return the conditions that are broken, as text. `started`: of time.perf_counter."""
+    # JSON knows no infinity; what is no number counts as the largest.
+    found = {name: (min(sys.float_info.max, value), most) for name, (value, most) in found.items()}
     off = {
         name: f"off by {value:.3g} (at most {most:g})"
         for name, (value, most) in found.items()
@@ -2703,8 +2705,10 @@ def audit_report(found: dict[str, list[float]], log: Log, started: float, **more
     report |= {"conditions": conditions, **more}
     write_atomically(log.folder / "audit.json", (json.dumps(report, indent=2) + "\n").encode())
     verdict = ", ".join(f"{name} is {by}" for name, by in off.items())
-    line = f"audit: {verdict or f'{len(found)} conditions hold'} seconds:{report['seconds']:.1f}"
-    log.event("audit", line, **report)
+    measured = ", ".join(f"{name} {value:.2g}" for name, (value, _) in found.items())
+    log.event(
+        "audit", f"audit: {verdict or 'all hold'} ({measured}) seconds:{report['seconds']:.1f}", **report
+    )
     return verdict
 
 

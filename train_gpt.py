@@ -105,8 +105,7 @@ WIDE = f"""{ELEVEN} NUM_KV_HEADS=8 MLP_MULT=3.5 LN_SCALE=norm VE_LAYERS=9,10 XSA
     MATRIX_INIT=scaled QAT_START=scale:0.5 MATRIX_BITS=5"""
 PRUNED = f"{WIDE} BIGRAM_VOCAB_SIZE=6144 MAX_WALLCLOCK_SECONDS=582 PRUNE_PCT=0.08 CROWN_Q_LAMBDA=0.01"
 RECIPES = {
-    # The contest's 9-layer baseline, 17,059,912 parameters: every default.
-    "baseline": "",
+    "baseline": "",  # the contest's, 9 layers, 17,059,912 parameters: every default
     # Two CPU cores, two minutes on the standard library's source; records/README.md says what was tried.
     "cpu": """DATA_PATH=./data/datasets/stdlib TOKENIZER_PATH=./data/datasets/stdlib/tokenizer.model
         VOCAB_SIZE=4000 NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=2 NUM_KV_HEADS=2 LOGIT_SOFTCAP=0
@@ -148,8 +147,7 @@ REFUSED = """LEAKY_RELU:MLP_ACTIVATION MLP_MULT_ENCODER:MLP_MULT MLP_MULT_DECODE
     NGRAM_TWO_PASS: NGRAM_RESCORE_CHUNKS: NGRAM_MIN_ORDER: NGRAM_ENT_SCALE: NGRAM_ENT_THRESH:
     NGRAM_ENTROPY_CENTER: NGRAM_ENTROPY_SCALE:"""
 REFUSED_NAMES = {old: f" here: set {new or 'nothing'}" for old, new in re.findall(r"(\w+):(\S*)", REFUSED)}
-# Variables of other tools whose names come close to a setting's.
-OTHER_TOOLS = {"COMPILER", "MODEL_DIR", "DATASET_PATH", "OMP_NUM_THREADS"}
+OTHER_TOOLS = {"COMPILER", "MODEL_DIR", "DATASET_PATH", "OMP_NUM_THREADS"}  # close to a setting's name
 
 
 def setting(default, doc: str, low=None, high=None, choices=None, stored: str = ""):
@@ -472,9 +470,8 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
         raise SettingError(f"WORLD_SIZE={world_size} must divide MICRO_BATCH_SLOTS={slots}; change one")
     if gpus and local_rank >= gpus:
         raise SettingError(f"LOCAL_RANK={local_rank} has no GPU of {gpus}; lower --nproc_per_node")
-    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")
     torch.use_deterministic_algorithms(not gpus)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -483,7 +480,7 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
         if world_size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
             stack.callback(dist.destroy_process_group)
-        yield Process(rank, world_size, device)
+        yield Process(rank, world_size, torch.device("cuda", local_rank) if gpus else torch.device("cpu"))
 
 
 class Log:
@@ -637,10 +634,10 @@ class TokenStream:
 
 
 class Tokenizer:
-    """Bytes to token ids and back, exactly, by a SentencePiece model or the contest's pure byte tokenizer."""
+    """Bytes to token ids and back, exactly, by a SentencePiece model or the contest's pure byte tokenizer;
+    `source` is the content of the .model or .json file. Raises ValueError where it is neither."""
 
     def __init__(self, source: bytes) -> None:
-        """`source`: the content of a .model or .json file; raises ValueError where it is neither."""
         self.source, self.sha256, self.model = source, hashlib.sha256(source).hexdigest(), None
         try:
             if source.startswith(b"{"):
@@ -1316,6 +1313,7 @@ PREFIX = struct.Struct("<8s2I")  # magic, version, length of the header
 MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES = 1_000_000, 2**30
 BITS = {"int8": 8, "int6": 6, "int5": 5}  # kinds of quantized tensors
 COLUMNS = ("int8", "float16", "float32")  # NumPy types of all that is stored, in the order of the file
+STORED = {**dict.fromkeys(BITS, COLUMNS[:2]), "float16": COLUMNS[1:2], "float32": COLUMNS[2:]}  # by kind
 PERCENTILES = (1.0, 0.99999, 0.9999, 0.9995, 0.999)  # of a row's absolute values, where QUANT_SEARCH clips
 XZ_MAGIC = b"\xfd7zXZ\0"
 ARTIFACT_FAULTS = (ValueError, KeyError, TypeError, SettingError, zstandard.ZstdError, lzma.LZMAError)
@@ -1482,14 +1480,6 @@ def pack_artifact(weights: dict[str, Tensor], settings: Settings, tokenizer: Tok
     return body + hashlib.sha256(body).digest()
 
 
-def stored_parts(name: str, shape: list[int], kind: str) -> list[tuple[str, int]]:
-    """Return column and length of the arrays that stand for a tensor: integers and scales, or itself."""
-    if kind in BITS and len(shape) == 2:
-        return [("int8", math.prod(shape)), ("float16", shape[0])]
-    require(kind in COLUMNS[1:], f"tensor {name} is stored as {kind!r}, which this script does not know")
-    return [(kind, math.prod(shape))]
-
-
 def expand_frame(frame: bytes, size: int) -> bytes:
     """Return the `size` bytes of a zstd frame or xz stream; raises ValueError where it holds others."""
     if frame.startswith(XZ_MAGIC):
@@ -1526,7 +1516,11 @@ def unpack_artifact(data: bytes) -> Artifact:
         shapes = [[name, list(parameter.shape)] for name, parameter in GPT(settings).named_parameters()]
     require([entry[:2] for entry in tensors] == shapes, "its tensors are not those of its settings' model")
     named, embedded = header["tokenizer"]["sha256"], header["tokenizer"]["bytes"]
-    parts = [part for tensor in tensors for part in stored_parts(*tensor)]
+    parts = []
+    for name, shape, kind in tensors:
+        known = kind in STORED and (kind not in BITS or len(shape) == 2)
+        require(known, f"tensor {name} is stored as {kind!r}, which this script does not know")
+        parts += zip(STORED[kind], (math.prod(shape), *shape[:1]), strict=False)  # integers, a scale per row
     counts = {np.dtype(name): [count for column, count in parts if column == name] for name in COLUMNS}
     sizes = [dtype.itemsize * sum(lengths) for dtype, lengths in counts.items()]
     possible = type(embedded) is int and 0 <= embedded <= sum(sizes) + embedded <= MAX_PAYLOAD_BYTES
@@ -1536,7 +1530,7 @@ def unpack_artifact(data: bytes) -> Artifact:
     for (dtype, lengths), plane in zip(counts.items(), planes, strict=True):
         columns[dtype.name] = iter(torch.from_numpy(from_byte_planes(plane, dtype)).split(lengths))
     for name, shape, kind in tensors:
-        flat, *scales = (next(columns[column]) for column, _ in stored_parts(name, shape, kind))
+        flat, *scales = (next(columns[column]) for column in STORED[kind])
         weights[name] = restore_rows(flat.reshape(shape), *scales) if scales else flat.reshape(shape).float()
     tokenizer = Tokenizer(source) if source else None
     require(not source or tokenizer.sha256 == named, "its tokenizer is not the one its header names")

@@ -574,7 +574,7 @@ def shards_sha256(paths: list[Path]) -> str:
 
 def open_shard(path: Path) -> np.ndarray:
     """Return a shard's tokens, memory-mapped uint16; raises DataError naming the file and its fault."""
-    magic, version, tokens = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0][:3]
+    magic, version, tokens = struct.unpack("<3i", np.fromfile(path, np.uint8, 12).tobytes().ljust(12, b"\0"))
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         rule = f"{SHARD_MAGIC} or shard version {version} is not {SHARD_VERSION}"
         raise DataError(f"{path}: magic number {magic} is not {rule}; make the shard anew")

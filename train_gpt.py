@@ -352,8 +352,7 @@ class Settings:
             ("QAT_START", no_qat, "on for SOFT_ROUND_QAT and CROWN_Q_LAMBDA", s.crown_q_lambda),
         ):
             if broken:
-                value = getattr(s, name.lower())
-                raise SettingError(f"{name}={value!r} must be {rule} ({number}); change one of them")
+                raise SettingError(f"{name}={vars(s)[name.lower()]!r} must be {rule} ({number}); change one")
 
     @property
     def head_dim(self) -> int:
@@ -377,8 +376,7 @@ class Settings:
 
     def stored_values(self, kinds: tuple[str, ...] = ("shape", "scoring")) -> dict[str, object]:
         """Return what an artifact keeps: the settings its weights or its score depend on."""
-        fields = dataclasses.fields(self)
-        return {f.name: getattr(self, f.name) for f in fields if f.metadata["stored"] in kinds}
+        return {f.name: vars(self)[f.name] for f in dataclasses.fields(self) if f.metadata["stored"] in kinds}
 
     def changed(self) -> dict[str, object]:
         """Return the settings that differ from the defaults, by variable name."""
@@ -1534,8 +1532,7 @@ def unpack_artifact(data: bytes) -> Artifact:
         weights[name] = restore_rows(flat.reshape(shape), *scales) if scales else flat.reshape(shape).float()
     tokenizer = Tokenizer(source) if source else None
     require(not source or tokenizer.sha256 == named, "its tokenizer is not the one its header names")
-    sha256 = hashlib.sha256(data).hexdigest()
-    return Artifact(values, weights, tokenizer, named, sha256, len(data))
+    return Artifact(values, weights, tokenizer, named, hashlib.sha256(data).hexdigest(), len(data))
 
 
 def read_artifact(path: Path) -> Artifact:

@@ -21,18 +21,13 @@ One file, read from top to bottom; every section uses only what stands above it.
     12  AUDIT AND CODEC            scorer, or a file         audit.json, receipt.bin; a file coded and back
     13  RUN                        all of the above          run folder, exit code
 
-Launch:
-    make run                                                      two CPU cores, a few minutes
+Launch; every setting is an environment variable:
     torchrun --standalone --nproc_per_node=8 train_gpt.py         8 GPUs, the contest's baseline
-    SEED=2 MATRIX_LR=0.03 torchrun ... train_gpt.py               every setting is an environment variable
     EVAL_ONLY=runs/<RUN_ID>/artifact.bin python train_gpt.py      score an existing artifact
     CODEC=compress ARTIFACT=<artifact> INPUT=<file> OUTPUT=<file> python train_gpt.py
-
 The last line of every complete run:
     final val_bpb:<8 decimals> val_loss:<8 decimals> artifact_bytes:<n> train_seconds:<s> eval_seconds:<s>
-
-Units: logarithms are natural inside (nats), base 2 in reports (bits per byte of raw UTF-8 text); sizes are
-bytes, 1 MB = 1,000,000 bytes. Training runs in the precision of the hardware, accounting in float64.
+Units: nats inside, bits per byte of raw UTF-8 text in reports; sizes are bytes, 1 MB = 1,000,000 bytes.
 Exit codes: 0 done, 2 setting, 3 artifact over the limit, 4 audit failed, 5 bad input file or data, 6 loss not
 finite, 130 and 143 interrupted by SIGINT and SIGTERM.
 """
@@ -72,10 +67,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 # ============================================================================================================
-# 1 SETTINGS. In: a mapping of environment variables. Out: `Settings`, frozen, complete, checked.
-# Field `train_batch_tokens` is variable TRAIN_BATCH_TOKENS; names are the contest's. Precedence: a variable
-# set by hand, then what an artifact stores (EVAL_ONLY), then the recipe's row, then the default. Nothing here
-# looks at devices, files or the clock, so a bad setting stops the run before anything else happens.
+# 1 SETTINGS. In: a mapping of environment variables, named as in the contest. Out: `Settings`, frozen,
+# checked before the run looks at devices, files or the clock. Precedence: a variable set by hand, then what
+# an artifact stores (EVAL_ONLY), then the recipe's row, then the default.
 # ============================================================================================================
 
 
@@ -106,8 +100,7 @@ class NonFiniteError(RunError, exit_code=6):
     """A loss, a weight or a score is infinite or not a number."""
 
 
-# Recipes are written as a person would type them; blanks between variables, the last of a name wins. First
-# what the five reference submissions share; the four with 11 layers; 890, 779 and 834; the last two.
+# Of a name that a recipe sets twice, the last counts. Shared by all five references, four, three, and two:
 REFERENCE = """TRAIN_SEQ_LEN=2048 WARMDOWN_ITERS=3500 TIED_EMBED_LR=0.035 MATRIX_LR=0.025 SCALAR_LR=0.025
     MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500
     MUON_WD=0.04 ADAM_WD=0.04 QUANT_SEARCH=1 QUANT_SCALE_FLOOR=1 FP16_MAX_NUMEL=65536"""
@@ -117,8 +110,7 @@ WIDE = f"""{ELEVEN} NUM_KV_HEADS=8 MLP_MULT=3.5 LN_SCALE=norm VE_LAYERS=9,10 XSA
     MATRIX_INIT=scaled QAT_START=scale:0.5 MATRIX_BITS=5"""
 PRUNED = f"{WIDE} BIGRAM_VOCAB_SIZE=6144 MAX_WALLCLOCK_SECONDS=582 PRUNE_PCT=0.08 CROWN_Q_LAMBDA=0.01"
 RECIPES = {
-    # The contest's 9-layer baseline, 17,059,912 parameters: every default.
-    "baseline": "",
+    "baseline": "",  # the contest's, 9 layers, 17,059,912 parameters: every default
     # Two CPU cores, two minutes on the standard library's source; records/README.md says what was tried.
     "cpu": """DATA_PATH=./data/datasets/stdlib TOKENIZER_PATH=./data/datasets/stdlib/tokenizer.model
         VOCAB_SIZE=4000 NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=2 NUM_KV_HEADS=2 LOGIT_SOFTCAP=0
@@ -131,10 +123,9 @@ RECIPES = {
         TRAIN_BATCH_TOKENS=512 TRAIN_SEQ_LEN=32 MICRO_BATCH_SLOTS=2 DATA_LANES=4
         TRAIN_LOG_EVERY=2 VAL_LOSS_EVERY=2 VAL_BATCH_SIZE=1024 EVAL_STRIDE=8 EMA_DECAY=0.8""",
     # The five reference submissions, by pull request of openai/parameter-golf: what their code does, not what
-    # their READMEs say (779's, 834's: value residual, gated attention). Repaired where the code never acted:
-    # quantization-aware training uses the exporter's quantizer and reaches the embeddings; SWA, collected and
-    # dropped by 890, 779, 834, may be exported. Weights are chosen on held-out training tokens (864:
-    # validation text), the clipped norm is global (864: local), gains are float32 (890, 779, 834: float16).
+    # their READMEs say (779's, 834's: value residual, gated attention). Not so here: QAT has the exporter's
+    # quantizer and reaches embeddings, SWA may be exported (890, 779, 834 drop it), held-out training tokens
+    # choose weights (864: validation text), the clipped norm is global (864: local), gains are float32.
     "pr890": f"{WIDE} BIGRAM_VOCAB_SIZE=4096 EVAL_STRIDE=32 PSEUDO=pr890",
     "pr810": f"""{REFERENCE} NUM_LAYERS=10 MLP_MULT=3 SMEAR_GATE=twentieth BIGRAM_VOCAB_SIZE=2048
         BIGRAM_HASH=linear XSA_LAST_N=4 PRE_ENRICH_DIM=768 UNET_LONGER_HALF=encoder EMBED_INIT=overtone
@@ -142,8 +133,7 @@ RECIPES = {
         EMBED_BITS=16 COMPRESSOR=lzma PSEUDO=pr810""",
     "pr779": f"{PRUNED} PSEUDO=pr779",  # both leave 18 seconds of the clock to the export
     "pr834": f"{PRUNED} PSEUDO=pr834 GATE_HEAD=1",  # a learned gate weighs its hashed tables
-    # BIGRAM_VOCAB_SIZE=1536 is the model of its seeds 42 and 2024. The first block's value-residual weights,
-    # which nothing read, act: that block mixes its values with themselves.
+    # Its seeds 42 and 2024 have BIGRAM_VOCAB_SIZE=1536. The first block's value-residual weights act here.
     "pr864": f"""{ELEVEN} MLP_MULT=3 BIGRAM_VOCAB_SIZE=1024 XSA_LAST_N=4 VALUE_RESIDUAL=1 GATED_ATTN=1
         MATRIX_INIT=orthogonal PARALLEL_MUON=1 MUON_SCOPE=matrix SWA_SOURCE=ema QAT_START=time:0.85
         MATRIX_BITS=6 LOOKUP_BITS=6 EMBED_BITS=16 PSEUDO=pr864""",
@@ -162,8 +152,7 @@ REFUSED = """LEAKY_RELU:MLP_ACTIVATION MLP_MULT_ENCODER:MLP_MULT MLP_MULT_DECODE
     NGRAM_TWO_PASS: NGRAM_RESCORE_CHUNKS: NGRAM_MIN_ORDER: NGRAM_ENT_SCALE: NGRAM_ENT_THRESH:
     NGRAM_ENTROPY_CENTER: NGRAM_ENTROPY_SCALE:"""
 REFUSED_NAMES = {old: f" here: set {new or 'nothing'}" for old, new in re.findall(r"(\w+):(\S*)", REFUSED)}
-# Variables of other tools whose names come close to a setting's.
-OTHER_TOOLS = {"COMPILER", "MODEL_DIR", "DATASET_PATH", "OMP_NUM_THREADS"}
+OTHER_TOOLS = {"COMPILER", "MODEL_DIR", "DATASET_PATH", "OMP_NUM_THREADS"}  # close to a setting's name
 
 
 def setting(default, doc: str, low=None, high=None, choices=None, stored: str = ""):
@@ -317,8 +306,7 @@ class Settings:
 
     @classmethod
     def from_env(cls, mapping: Mapping[str, str], stored: Mapping[str, object] | None = None) -> Settings:
-        """Return the settings that `mapping` (variable -> text) asks for; `stored` are an artifact's values.
-        Raises SettingError naming variable, value, rule and remedy. Pure: looks at its arguments only."""
+        """Return the settings of `mapping` on top of an artifact's `stored` values; raises SettingError."""
         fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
         for name in sorted(mapping.keys() - fields.keys() - OTHER_TOOLS):
             close = name.isupper() and difflib.get_close_matches(name, sorted(fields), 1, 0.85)
@@ -341,11 +329,10 @@ class Settings:
             fault = fault or (high is not None and not value <= high and f"lower it to {high} at most")
             if fault:
                 raise SettingError(f"{field.name.upper()}={value!r} is not allowed ({doc}): {fault}")
-        s, slots = self, self.micro_batch_slots
+        s, slots, head = self, self.micro_batch_slots, self.head_dim
         row, val_row = slots * s.train_seq_len, slots * s.window
         loads, missing = s.eval_only or s.codec != "none", "" in (s.artifact, s.input, s.output)
         ragged = not loads and s.train_batch_tokens % row
-        rotary, last = s.rope_dims % 2 or s.rope_dims > s.head_dim, max(s.value_layers, default=0)
         qat = re.fullmatch(r"off|step0|(scale|time):(0\.\d+|1)", s.qat_start)
         no_ema = not s.ema_decay and (s.average == "mean" or s.swa_source == "ema")
         no_qat = s.qat_start == "off" and (s.soft_round_qat or s.crown_q_lambda)
@@ -355,23 +342,22 @@ class Settings:
             ("CODEC", s.codec != "none" and missing, "none, or have files", "ARTIFACT, INPUT and OUTPUT"),
             ("MODEL_DIM", s.model_dim % (2 * s.num_heads), "an even multiple of NUM_HEADS", s.num_heads),
             ("NUM_HEADS", s.num_heads % s.num_kv_heads, "a multiple of NUM_KV_HEADS", s.num_kv_heads),
-            ("MODEL_DIM", s.head_dim > 512, "at most 512 times NUM_HEADS", s.num_heads),
+            ("MODEL_DIM", head > 512, "at most 512 times NUM_HEADS", s.num_heads),
             ("TRAIN_BATCH_TOKENS", ragged, "a multiple of slots times sequence", row),
             ("VAL_BATCH_SIZE", s.val_batch_size < val_row, "at least MICRO_BATCH_SLOTS windows", val_row),
             ("NGRAM_BUCKETS", s.ngram_buckets ^ power, "a power of two", f"{power} or {2 * power}"),
             ("GATE_HEAD", s.gate_head != gated, "on with PSEUDO=pr834 and only then", s.pseudo),
             ("EVAL_STRIDE", s.eval_stride > s.window, "at most the scoring window", s.window),
             ("XSA_LAST_N", s.xsa_last_n > s.num_layers, "at most NUM_LAYERS", s.num_layers),
-            ("VE_LAYERS", last >= s.num_layers, "numbers below NUM_LAYERS", s.num_layers),
-            ("ROPE_DIMS", rotary, "even, at most a head's channels", s.head_dim),
+            ("VE_LAYERS", s.value_layers[-1:] >= (s.num_layers,), "numbers below NUM_LAYERS", s.num_layers),
+            ("ROPE_DIMS", s.rope_dims % 2 or s.rope_dims > head, "even, at most a head's channels", head),
             ("MTP_NUM_HEADS", s.mtp_num_heads >= s.train_seq_len, "below TRAIN_SEQ_LEN", s.train_seq_len),
             ("EMA_DECAY", no_ema, "above 0 for AVERAGE=mean and SWA_SOURCE=ema", s.average),
             ("QAT_START", not qat, "off, step0, scale:<x> or time:<x> with x at most", 1),
             ("QAT_START", no_qat, "on for SOFT_ROUND_QAT and CROWN_Q_LAMBDA", s.crown_q_lambda),
         ):
             if broken:
-                value = getattr(s, name.lower())
-                raise SettingError(f"{name}={value!r} must be {rule} ({number}); change one of them")
+                raise SettingError(f"{name}={vars(s)[name.lower()]!r} must be {rule} ({number}); change one")
 
     @property
     def head_dim(self) -> int:
@@ -395,8 +381,7 @@ class Settings:
 
     def stored_values(self, kinds: tuple[str, ...] = ("shape", "scoring")) -> dict[str, object]:
         """Return what an artifact keeps: the settings its weights or its score depend on."""
-        fields = dataclasses.fields(self)
-        return {f.name: getattr(self, f.name) for f in fields if f.metadata["stored"] in kinds}
+        return {f.name: vars(self)[f.name] for f in dataclasses.fields(self) if f.metadata["stored"] in kinds}
 
     def changed(self) -> dict[str, object]:
         """Return the settings that differ from the defaults, by variable name."""
@@ -497,9 +482,8 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
         raise SettingError(f"WORLD_SIZE={world_size} must divide MICRO_BATCH_SLOTS={slots}; change one")
     if gpus and local_rank >= gpus:
         raise SettingError(f"LOCAL_RANK={local_rank} has no GPU of {gpus}; lower --nproc_per_node")
-    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")
     torch.use_deterministic_algorithms(not gpus)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -508,7 +492,7 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
         if world_size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
             stack.callback(dist.destroy_process_group)
-        yield Process(rank, world_size, device)
+        yield Process(rank, world_size, torch.device("cuda", local_rank) if gpus else torch.device("cpu"))
 
 
 class Log:
@@ -592,8 +576,7 @@ WORD_START = "\u2581"  # SentencePiece writes a space like this
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, as hexadecimal text."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def shards_sha256(paths: list[Path]) -> str:
@@ -603,7 +586,7 @@ def shards_sha256(paths: list[Path]) -> str:
 
 def open_shard(path: Path) -> np.ndarray:
     """Return a shard's tokens, memory-mapped uint16; raises DataError naming the file and its fault."""
-    magic, version, tokens = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0][:3]
+    magic, version, tokens = struct.unpack("<3i", np.fromfile(path, np.uint8, 12).tobytes().ljust(12, b"\0"))
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         rule = f"{SHARD_MAGIC} or shard version {version} is not {SHARD_VERSION}"
         raise DataError(f"{path}: magic number {magic} is not {rule}; make the shard anew")
@@ -631,8 +614,7 @@ def check_token_ids(tokens: np.ndarray, vocab_size: int, path: Path) -> np.ndarr
 
 class TokenStream:
     """Training tokens as one endless stream over all shards; a batch is a pure function of its number.
-    Equal lanes are read side by side: sequence q is row q // lanes of lane q % lanes. One lane is the
-    contest's order; more lanes put distant documents into one small batch."""
+    Equal lanes are read side by side: sequence q is row q // lanes of lane q % lanes (one: the contest)."""
 
     def __init__(self, paths: list[Path], settings: Settings) -> None:
         self.paths, self.settings = paths, settings
@@ -664,10 +646,10 @@ class TokenStream:
 
 
 class Tokenizer:
-    """Bytes to token ids and back, exactly, by a SentencePiece model or the contest's pure byte tokenizer."""
+    """Bytes to token ids and back, exactly, by a SentencePiece model or the contest's pure byte tokenizer;
+    `source` is the content of the .model or .json file. Raises ValueError where it is neither."""
 
     def __init__(self, source: bytes) -> None:
-        """`source`: the content of a .model or .json file; raises ValueError where it is neither."""
         self.source, self.sha256, self.model = source, hashlib.sha256(source).hexdigest(), None
         try:
             if source.startswith(b"{"):
@@ -699,20 +681,18 @@ class Tokenizer:
         return bytes.fromhex(text[3:5]) if self.model.is_byte(token) else text.encode()
 
     def target_bytes(self, tokens: np.ndarray, exact: bool) -> np.ndarray:
-        """Return the bytes of tokens (N + 1,) without the first, uint16 (N,): those of the raw documents
-        (`exact`), or by the contest's rule: what follows a marker has its leading space for nothing
-        (parameter-golf, build_sentencepiece_luts)."""
+        """Return the bytes of tokens (N + 1,) but the first, uint16 (N,): raw (`exact`), or the contest's
+        (build_sentencepiece_luts): a leading space behind a marker is free, an inner U+2581 has 3."""
         size = np.array([len(piece) for piece in self.pieces], dtype=np.uint16)
         if exact or self.model is None:
             return size[tokens[1:]]
         texts = [self.model.id_to_piece(token) if piece else "" for token, piece in enumerate(self.pieces)]
         spaced = np.array([text.startswith(WORD_START) for text in texts])
-        size += np.array([2 * text.count(WORD_START, 1) for text in texts], dtype=np.uint16)  # 3 bytes inside
+        size += np.array([2 * text.count(WORD_START, 1) for text in texts], dtype=np.uint16)
         return size[tokens[1:]] - (spaced[tokens[1:]] & (size == 0)[tokens[:-1]])
 
     def encode(self, data: bytes) -> list[int]:
-        """Return token ids with `decode(encode(data)) == data` for any bytes: pieces where they are the text,
-        byte pieces where the model's normalisation would change it."""
+        """Return ids that decode to exactly `data`: byte pieces where the model would normalise it."""
         ids = self.model.encode(data) if self.model else self._encode_bytes(data)
         if self.decode(ids) == data:
             return ids
@@ -749,11 +729,11 @@ class Dataset(NamedTuple):
 
 
 def read_manifest(path: Path, hashes: dict[str, str], val_bytes: int) -> dict:
-    """Return a manifest.json of data/text.py; raises DataError where it is damaged or states other files."""
+    """Return a manifest.json of data/text.py, its training split in `hashes`; DataError for a false one."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         val, tokenizer = manifest["splits"]["val"], manifest["tokenizer"]
-        _ = manifest["splits"]["train"]["sha256"], tokenizer["trained_here"]
+        hashes["train_sha256"], _ = manifest["splits"]["train"]["sha256"], tokenizer["trained_here"]
         if tokenizer["sha256"] != hashes["tokenizer_sha256"]:
             raise DataError(f"{path}: shards were made with another tokenizer; set TOKENIZER_PATH to it")
         if (val["sha256"], val["bytes"]) != (hashes["val_sha256"], val_bytes):
@@ -766,21 +746,17 @@ def read_manifest(path: Path, hashes: dict[str, str], val_bytes: int) -> dict:
 
 def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Dataset:
     """Open everything under DATA_PATH and check it; `carried` is the tokenizer that came with an artifact.
-    Raises DataError where files are missing or damaged, do not fit together or do not add up to the bytes
-    that the manifest counted; SettingError where VOCAB_SIZE is not the tokenizer's."""
-    folder, manifest = Path(settings.data_path), None
+    Raises DataError where files are missing, damaged or do not fit together; SettingError for VOCAB_SIZE."""
+    folder, path = Path(settings.data_path), Path(settings.data_path, "manifest.json")
     paths, tokenizer = find_shards(folder, "val"), carried or Tokenizer.load(Path(settings.tokenizer_path))
     if (size := len(tokenizer.pieces)) != settings.vocab_size:
         raise SettingError(f"VOCAB_SIZE={settings.vocab_size} is not the tokenizer's {size} pieces; set that")
-    shards = [check_token_ids(open_shard(path), settings.vocab_size, path) for path in paths]
+    shards = [check_token_ids(open_shard(shard), settings.vocab_size, shard) for shard in paths]
     if len(val_tokens := np.concatenate(shards)) < 2:
         raise DataError(f"{paths[0]}: {len(val_tokens)} validation tokens leave nothing to score; bring more")
-    stated = folder / "manifest.json"
-    target_bytes = tokenizer.target_bytes(val_tokens, exact=stated.exists())
+    target_bytes = tokenizer.target_bytes(val_tokens, exact=path.exists())
     hashes = {"val_sha256": shards_sha256(paths), "tokenizer_sha256": tokenizer.sha256}
-    if stated.exists():
-        manifest = read_manifest(stated, hashes, int(target_bytes.sum()))
-        hashes["train_sha256"] = manifest["splits"]["train"]["sha256"]
+    manifest = read_manifest(path, hashes, int(target_bytes.sum())) if path.exists() else None
     stream = None if settings.eval_only else TokenStream(find_shards(folder, "train"), settings)
     return Dataset(stream, val_tokens, target_bytes, tokenizer, manifest, hashes)
 
@@ -1300,8 +1276,7 @@ class Averages:
 # ============================================================================================================
 # 7 QUANTIZATION AND ARTIFACT. In: weights. Out: one file, and the weights that come back from it. The file
 # describes itself: magic, version, JSON header (settings, tensors, tokenizer), one zstd frame or xz stream,
-# SHA-256 of all before it. Same weights, same bytes. A file that is not exactly right is refused before
-# anything of the size it claims is allocated. `QuantizationAware` trains with the exporter's own quantizer.
+# SHA-256 of all before. Same weights, same bytes. Faults are refused before what they claim is allocated.
 # ============================================================================================================
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFGPT\n", 1
@@ -1309,6 +1284,7 @@ PREFIX = struct.Struct("<8s2I")  # magic, version, length of the header
 MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES = 1_000_000, 2**30
 BITS = {"int8": 8, "int6": 6, "int5": 5}  # kinds of quantized tensors
 COLUMNS = ("int8", "float16", "float32")  # NumPy types of all that is stored, in the order of the file
+STORED = {**dict.fromkeys(BITS, COLUMNS[:2]), "float16": COLUMNS[1:2], "float32": COLUMNS[2:]}  # by kind
 PERCENTILES = (1.0, 0.99999, 0.9999, 0.9995, 0.999)  # of a row's absolute values, where QUANT_SEARCH clips
 XZ_MAGIC = b"\xfd7zXZ\0"
 ARTIFACT_FAULTS = (ValueError, KeyError, TypeError, SettingError, zstandard.ZstdError, lzma.LZMAError)
@@ -1321,9 +1297,8 @@ def restore_rows(integers: Tensor, scale: Tensor) -> Tensor:
 
 def quantize_rows(weight: Tensor, bits: int, search=False, floor=False) -> tuple[Tensor, Tensor]:
     """Return (integers int8 (R, C), scales float16 (R,)) of a weight (R, C): symmetric, one scale per row.
-    Restored values are off by half a scale at most (half the smallest for rows near zero), unless `search`
-    clips a row at the percentile of least squared error. `floor` keeps scales at 1 / limit at least (coarser,
-    compresses better). Training and export both call this."""
+    Restored values are off by half a scale at most, unless `search` clips a row at the percentile of least
+    squared error. `floor` keeps scales at 1 / limit at least: coarser, compresses better."""
     limit, weight = 2 ** (bits - 1) - 1, weight.float()
 
     def integers(scale: Tensor) -> Tensor:
@@ -1357,14 +1332,12 @@ def tensor_kind(name: str, tensor: Tensor, settings: Settings) -> str:
 
 
 class QuantizationAware(nn.Module):
-    """The training loss of the model that the artifact will hold: every matrix passes the export quantizer.
-    Gradients pass straight through (arXiv 1308.3432), or through a soft rounding that hardens as the
-    learning-rate scale falls. Matrices of one width and precision are quantized as one: a small graph."""
+    """The loss of the model that the artifact will hold; gradients pass straight through (arXiv 1308.3432) or
+    a soft rounding that hardens. Matrices of one (bits, width) are quantized at once: a small graph."""
 
     def __init__(self, model: GPT, settings: Settings) -> None:
         super().__init__()
-        self.model, self.settings = model, settings
-        self.groups: dict[tuple[int, int], list[str]] = {}
+        self.model, self.settings, self.groups = model, settings, {}
         for name, parameter in model.named_parameters():
             if (kind := tensor_kind(name, parameter, settings)) in BITS:
                 self.groups.setdefault((BITS[kind], parameter.size(1)), []).append(name)
@@ -1478,28 +1451,6 @@ def pack_artifact(weights: dict[str, Tensor], settings: Settings, tokenizer: Tok
     return body + hashlib.sha256(body).digest()
 
 
-def stored_parts(name: str, shape: list[int], kind: str) -> list[tuple[str, int]]:
-    """Return column and length of the arrays that stand for a tensor: integers and scales, or itself."""
-    if kind in BITS and len(shape) == 2:
-        return [("int8", math.prod(shape)), ("float16", shape[0])]
-    require(kind in COLUMNS[1:], f"tensor {name} is stored as {kind!r}, which this script does not know")
-    return [(kind, math.prod(shape))]
-
-
-def check_header(header: dict) -> None:
-    """Raise ValueError, SettingError or TypeError unless the settings of an artifact's header are complete
-    and valid and its tensors those of the model they describe."""
-    values, expected = header["settings"], Settings().stored_values()
-    require(set(values) == set(expected), "its header does not hold the settings that this script stores")
-    for name, default in expected.items():
-        require(type(values[name]) is type(default), f"its header gives {name} as {values[name]!r}")
-    settings = Settings(**values, eval_only="artifact", val_batch_size=2**30)  # batches that break no rule
-    with torch.device("meta"):  # shapes without memory
-        shapes = [[name, list(parameter.shape)] for name, parameter in GPT(settings).named_parameters()]
-    own = [entry[:2] for entry in header["tensors"]] == shapes
-    require(own, "its tensors are not those of its settings' model")
-
-
 def expand_frame(frame: bytes, size: int) -> bytes:
     """Return the `size` bytes of a zstd frame or xz stream; raises ValueError where it holds others."""
     if frame.startswith(XZ_MAGIC):
@@ -1518,7 +1469,7 @@ def expand_frame(frame: bytes, size: int) -> bytes:
 
 
 def unpack_artifact(data: bytes) -> Artifact:
-    """Return the content of an artifact file; raises one of ARTIFACT_FAULTS with the reason."""
+    """Return the content of an artifact file that is right in everything; raises one of ARTIFACT_FAULTS."""
     require(data.startswith(ARTIFACT_MAGIC), "it does not start with an artifact's magic bytes")
     require(len(data) >= PREFIX.size + 32, "it is truncated")
     _, version, header_size = PREFIX.unpack_from(data)
@@ -1526,10 +1477,21 @@ def unpack_artifact(data: bytes) -> Artifact:
     require(hashlib.sha256(data[:-32]).digest() == data[-32:], "its SHA-256 does not match: cut or altered")
     end = PREFIX.size + header_size
     require(end <= min(len(data) - 32, MAX_HEADER_BYTES), f"a header of {header_size} bytes does not fit")
-    header = json.loads(data[PREFIX.size : end])
-    check_header(header)
-    tensors, named, embedded = header["tensors"], header["tokenizer"]["sha256"], header["tokenizer"]["bytes"]
-    parts = [part for tensor in tensors for part in stored_parts(*tensor)]
+    header, expected = json.loads(data[PREFIX.size : end]), Settings().stored_values()
+    values, tensors = header["settings"], header["tensors"]
+    require(set(values) == set(expected), "its header does not hold the settings that this script stores")
+    for name, default in expected.items():
+        require(type(values[name]) is type(default), f"its header gives {name} as {values[name]!r}")
+    settings = Settings(**values, eval_only="artifact", val_batch_size=2**30)  # batches that break no rule
+    with torch.device("meta"):  # shapes without memory
+        shapes = [[name, list(parameter.shape)] for name, parameter in GPT(settings).named_parameters()]
+    require([entry[:2] for entry in tensors] == shapes, "its tensors are not those of its settings' model")
+    named, embedded = header["tokenizer"]["sha256"], header["tokenizer"]["bytes"]
+    parts = []
+    for name, shape, kind in tensors:
+        known = kind in STORED and (kind not in BITS or len(shape) == 2)
+        require(known, f"tensor {name} is stored as {kind!r}, which this script does not know")
+        parts += zip(STORED[kind], (math.prod(shape), *shape[:1]), strict=False)  # integers, a scale per row
     counts = {np.dtype(name): [count for column, count in parts if column == name] for name in COLUMNS}
     sizes = [dtype.itemsize * sum(lengths) for dtype, lengths in counts.items()]
     possible = type(embedded) is int and 0 <= embedded <= sum(sizes) + embedded <= MAX_PAYLOAD_BYTES
@@ -1539,12 +1501,11 @@ def unpack_artifact(data: bytes) -> Artifact:
     for (dtype, lengths), plane in zip(counts.items(), planes, strict=True):
         columns[dtype.name] = iter(torch.from_numpy(from_byte_planes(plane, dtype)).split(lengths))
     for name, shape, kind in tensors:
-        flat, *scales = (next(columns[column]) for column, _ in stored_parts(name, shape, kind))
+        flat, *scales = (next(columns[column]) for column in STORED[kind])
         weights[name] = restore_rows(flat.reshape(shape), *scales) if scales else flat.reshape(shape).float()
     tokenizer = Tokenizer(source) if source else None
     require(not source or tokenizer.sha256 == named, "its tokenizer is not the one its header names")
-    sha256 = hashlib.sha256(data).hexdigest()
-    return Artifact(header["settings"], weights, tokenizer, named, sha256, len(data))
+    return Artifact(values, weights, tokenizer, named, hashlib.sha256(data).hexdigest(), len(data))
 
 
 def read_artifact(path: Path) -> Artifact:

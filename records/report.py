@@ -103,7 +103,7 @@ def ablation_table() -> str:
     for name in ["base", *single, *together]:
         values = results[name]
         loss, raw = (statistics.mean(values[key].values()) for key in ("losses", "raw"))
-        reference = "base" if name in (*single, ablation.TOGETHER) else ablation.TOGETHER
+        reference = "base" if name in ("base", *single, ablation.TOGETHER) else ablation.TOGETHER
         mean, error = ablation.difference(results, name, reference)
         change = f"{mean:+.4f} | {error:.4f}" if name != "base" else " | "
         rows.append(f"| {name} | {loss:.4f} | {change} | {raw:.4f} | {values['parameters']:,} |")

@@ -452,11 +452,6 @@ class Process:
             dist.all_gather_object(values, value)
         return values
 
-    def agree(self, elapsed_ms: float) -> float:
-        """Return rank 0's `elapsed_ms` on every rank."""
-        mine = elapsed_ms if self.is_main else 0.0
-        return self.sum(torch.tensor(mine, dtype=torch.float64)).item()
-
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Raise on every rank the RunError or OSError that one meets in the body: nobody waits for it."""
@@ -479,19 +474,14 @@ class Process:
 
     def progress(self, total: int, label: str) -> tqdm:
         """Return a progress bar that shows on rank 0's terminal only."""
-        hidden = not (self.is_main and sys.stderr.isatty())
-        return tqdm(range(total), desc=label, leave=False, disable=hidden)
+        return tqdm(range(total), desc=label, leave=False, disable=None if self.is_main else True)
 
 
 @contextlib.contextmanager
 def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Process]:
     """Yield this process, in torchrun's group if there is one; SettingError if ranks cannot share slots."""
-    rank, world_size, local_rank = 0, 1, 0
-    if "RANK" in mapping and "WORLD_SIZE" in mapping:
-        texts = [mapping["RANK"], mapping["WORLD_SIZE"], mapping.get("LOCAL_RANK", mapping["RANK"])]
-        rank, world_size, local_rank = (int(text) if text.isdecimal() else -1 for text in texts)
-        if not 0 <= rank < world_size or local_rank < 0 or "MASTER_ADDR" not in mapping:
-            raise SettingError(f"RANK, WORLD_SIZE, LOCAL_RANK={texts} are not torchrun's; use torchrun")
+    given = [mapping.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    rank, world_size, local_rank = map(int, given) if all(given) else (0, 1, 0)
     slots, gpus = settings.micro_batch_slots, torch.cuda.is_available() and torch.cuda.device_count()
     if slots % world_size:
         raise SettingError(f"WORLD_SIZE={world_size} must divide MICRO_BATCH_SLOTS={slots}; change one")
@@ -514,22 +504,24 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
 class Log:
     """Lines for people (console and run.log) and one JSON object per event (metrics.jsonl); rank 0 only."""
 
-    def __init__(self, process: Process, run_dir: Path) -> None:
-        self.folder, names = run_dir, ("run.log", "metrics.jsonl") if process.is_main else ()
+    def __init__(self, process: Process, folder: Path) -> None:
+        self.folder, names = folder, ("run.log", "metrics.jsonl") if process.is_main else ()
         if names:
-            run_dir.mkdir(parents=True, exist_ok=True)
-        self.files = [open(run_dir / name, "w", encoding="utf-8", buffering=1) for name in names]
+            folder.mkdir(parents=True, exist_ok=True)
+        self.files = [open(folder / name, "w", encoding="utf-8", buffering=1) for name in names]
 
-    def line(self, text: str, console=None) -> None:
-        """Write `text` to the console (standard output, or another stream) and to run.log."""
+    def line(self, text: str) -> None:
+        """Write `text` to the console and to run.log."""
         if self.files and text:
-            tqdm.write(text, file=console)
+            tqdm.write(text)
             sys.stdout.flush()
             self.files[0].write(text + "\n")
 
-    def event(self, event: str, line: str, **values: object) -> None:
-        """Write `line`, if any, for people and {"event": event, **values} for programs."""
-        self.line(line)
+    def event(self, event: str, line: str | None = None, **values: object) -> None:
+        """Write {"event": event, **values} for programs, and `line`, or else the values, for people."""
+        short = {name: round(value, 6) for name, value in values.items() if isinstance(value, float)}
+        shown = " ".join(f"{name}:{value}" for name, value in (values | short).items())
+        self.line(f"{event}: {shown}" if line is None else line)
         if self.files:
             self.files[1].write(json.dumps({"event": event, **values}) + "\n")
 
@@ -2790,9 +2782,9 @@ def run_codec(settings: Settings, process: Process, artifact: Artifact) -> None:
 
 
 # ============================================================================================================
-# 13 RUN. In: the environment. Out: a run folder (run.log, metrics.jsonl, result.json, artifact.bin), one
-# last line, an exit code. The steps hand over small results: train -> weights -> artifact file -> evaluate.
-# What is scored is always the file read back from disk.
+# 13 RUN. In: the environment. Out: a run folder (run.log, metrics.jsonl, result.json, artifact.bin), one last
+# line, an exit code. Weights go from `train` through the artifact's file to `evaluate`: what is scored is
+# always what was read back from disk.
 # ============================================================================================================
 
 LOSS_LAG_STEPS = 2  # the host reads losses this many steps late: it never waits for the step it just queued
@@ -2846,9 +2838,7 @@ def warm_up(model: GPT, losses, stream: TokenStream, process: Process, log: Log)
 
 
 def choose_weights(averages: Averages, model: GPT, batches: list, process: Process, log: Log) -> tuple:
-    """Return the candidate of least loss on `batches`, and their hash as a number of the run.
-
-    They are training tokens after the last step's, never validation tokens."""
+    """Return the candidate of least loss on `batches`, training tokens after the last step's; their hash."""
     candidates, losses = averages.candidates(), {}
     pairs = [(ids[:, :-1], ids[:, 1:]) for ids in (batch.to(process.device).long() for batch in batches)]
     for name, weights in candidates.items() if len(candidates) > 1 else ():
@@ -2859,8 +2849,7 @@ def choose_weights(averages: Averages, model: GPT, batches: list, process: Proce
     numbers = {"ema_updates": averages.updates, "swa_snapshots": averages.snapshots}
     numbers |= {f"held_out_train_loss_{name}": round(loss, 8) for name, loss in losses.items()}
     numbers["moved"] = averages.moved(candidates[chosen])
-    line = " ".join(f"{name}:{value:.6g}" for name, value in numbers.items())
-    log.event("average", f"average:{chosen} {line} of the weights", average=chosen, **numbers)
+    log.event("average", chosen=chosen, **numbers)
     kept = {name: weight for name, weight in candidates[chosen].items() if not name.startswith("mtp_heads.")}
     return kept, {"held_out_sha256": batches_sha256(batches)}
 
@@ -2884,11 +2873,10 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
     if oracle:
         oracle.count(stream)
         process.synchronize()
-        before_ms = process.agree(clock.read_ms())
-        line = f"oracle: hashed {stream.total} training tokens train_time:{before_ms:.0f}ms"
-        log.event("oracle", line, tokens=stream.total, seconds=before_ms / 1000)
+        before_ms = process.share(clock.read_ms())[0]
+        log.event("oracle", tokens=stream.total, seconds=before_ms / 1000)
     for step in range(total + 1):
-        batches, elapsed_ms = load_batches(stream, step, process), process.agree(clock.read_ms())
+        batches, elapsed_ms = load_batches(stream, step, process), process.share(clock.read_ms())[0]
         finished = step == total or elapsed_ms >= (1000.0 * settings.max_wallclock_seconds or math.inf)
         if step and (finished or step <= 10 or (every and step % every == 0)):
             log.step("train", step, total, elapsed_ms, train_loss=watch.drain())
@@ -2903,9 +2891,8 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
             clock.start()
         scale = learning_rate_scale(step, elapsed_ms, settings, before_ms)
         if not quantized and quantization_starts(step, elapsed_ms, scale, settings):
-            quantized, effect = True, aware.effect()
-            line = " ".join(f"{name}:{value:.6g}" for name, value in effect.items())
-            log.event("qat", f"qat:on step:{step} scale:{scale:.4f} {line}", step=step, scale=scale, **effect)
+            quantized = True
+            log.event("qat", step=step, scale=scale, **aware.effect())
         aware.sharpen(scale)
         loss = optimizers.gather(losses[-1 if quantized else 0], batches)
         optimizers.step(scale, momentum_at(step, settings))
@@ -2913,11 +2900,6 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
         watch.push(step + 1, settings.matrix_lr * scale, loss)
         bar.update()
     bar.close()
-    if step < total:
-        log.line(f"stopping_early: wallclock_cap train_time:{clock.total_ms:.0f}ms step:{step}/{total}")
-    if process.device.type == "cuda":
-        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        log.line(f"peak memory allocated: {allocated // 2**20} MiB reserved: {reserved // 2**20} MiB")
     weights, numbers = choose_weights(averages, model, batches, process, log)
     numbers |= {"steps": step, "train_seconds": clock.total_ms / 1000, "train_loss": watch.last_good}
     return weights, numbers | {"training_val_loss": val_loss, "training_val_bpb": val_bpb}
@@ -2941,16 +2923,7 @@ def log_cache(scored: Scored, dataset: Dataset, log: Log) -> dict[str, object]:
     return numbers
 
 
-def evaluate(
-    artifact: Artifact,
-    dataset: Dataset,
-    settings: Settings,
-    process: Process,
-    log: Log,
-    compiled,
-    path,
-    trained,
-) -> dict[str, object]:
+def evaluate(artifact, dataset, settings, process, log, compiled, path, trained) -> dict[str, object]:
     """Return the numbers of the artifact's score on the validation split; a pseudo-score is logged only."""
     tokens, rule, clock = dataset.val_tokens, PSEUDO_RULES.get(settings.pseudo), Clock(process)
     clock.start()
@@ -2970,19 +2943,16 @@ def evaluate(
             return numbers
         if settings.ngram_cache == "exact":
             numbers |= log_cache(scored, dataset, log)
-        line = f"final_score: window:{settings.window} stride:{settings.eval_stride} tokens:{score.tokens}"
-        line += f" bytes:{score.bytes} val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}"
-        log.event("score", f"{line} eval_time:{clock.total_ms:.0f}ms", **score._asdict())
+        log.event("score", window=settings.window, stride=settings.eval_stride, **score._asdict())
         if rule:
             beside, neural = scored.table[-rule.beside :].t() if rule.beside else None, scored.table[:2]
             line, figures = pseudo_report(tokens, *neural, dataset.target_bytes, settings, rows, beside)
             log.event("pseudo", line, **figures)
-        numbers["xz_bpb"] = None
         if dataset.manifest and score.bytes <= RAW_TEXT_LIMIT:
             text = dataset.tokenizer.decode(tokens.tolist())
-            numbers["xz_bpb"] = bpb = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
-            line = f"reference: xz -9e on the same {len(text)} bytes: {bpb:.4f} bpb"
-            log.event("reference", line, xz_bpb=bpb)
+            bpb = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+            log.line(f"reference: xz -9e on the same {len(text)} bytes: {bpb:.4f} bpb")
+            numbers["xz_bpb"] = bpb
         if settings.audit:
             numbers["audit"] = audit_run(scorer, scored, score, path, dataset, log, trained)
     return numbers
@@ -2993,19 +2963,13 @@ def run(settings: Settings, process: Process, log: Log, artifact: Artifact | Non
     script_sha256, path = file_sha256(Path(__file__)), Path(settings.eval_only or log.folder / "artifact.bin")
     changed = " ".join(f"{name}={value}" for name, value in settings.changed().items()) or "none"
     log.event("settings", f"settings that differ from the defaults: {changed}", **vars(settings))
-    cuda, ranks, slots = process.device.type == "cuda", process.world_size, settings.micro_batch_slots
+    cuda = process.device.type == "cuda"
     device = torch.cuda.get_device_name() if cuda else f"cpu with {torch.get_num_threads()} threads"
     log.line(f"torch:{torch.__version__} python:{platform.python_version()} device:{device}")
     log.line(f"script_sha256:{script_sha256}")
-    log.line(f"world_size:{ranks} grad_accum_steps:{slots // ranks} seed:{settings.seed}")
     if settings.audit_target:
         return {"audit": audit_report(audit_recorded(settings), log, time.perf_counter())}
     dataset = load_dataset(settings, artifact and artifact.tokenizer)
-    if stream := dataset.stream:
-        log.line(f"train_loader:{settings.data_path} shards:{len(stream.paths)} tokens:{stream.total}")
-    log.line(f"val_loader:tokens:{len(dataset.target_bytes)} bytes:{int(dataset.target_bytes.sum())}")
-    rule = "raw bytes, as in the manifest" if dataset.manifest else "the contest's table, no manifest"
-    log.line(f"val_bpb:enabled tokenizer_path={settings.tokenizer_path} bytes:{rule}")
     if settings.pseudo != "none":
         pseudo_rule(settings.pseudo, settings, settings.gate_head)  # refused before the work, or never
     select_attention(settings, process, log)
@@ -3022,10 +2986,9 @@ def run(settings: Settings, process: Process, log: Log, artifact: Artifact | Non
         artifact = read_artifact(path)
     if artifact.tokenizer_sha256 != dataset.tokenizer.sha256:
         raise DataError(f"TOKENIZER_PATH={settings.tokenizer_path}: {path} was made with another; set that")
-    size, code, limit = artifact.size, os.path.getsize(__file__), settings.artifact_limit_bytes
+    size, code = artifact.size, os.path.getsize(__file__)
     sizes = {"artifact_bytes": size, "code_bytes": code, "total_bytes": size + code}
-    line = f"artifact:{path} weights:{size} code:{code} total:{size + code} limit:{limit} bytes"
-    log.event("artifact", line, **sizes)
+    log.event("artifact", **sizes, limit_bytes=settings.artifact_limit_bytes)
     result = evaluate(artifact, dataset, settings, process, log, compiled, path, numbers) | numbers | sizes
     result["hashes"] = {"artifact_sha256": artifact.sha256, "script_sha256": script_sha256, **dataset.hashes}
     score = "final val_bpb:{val_bpb:.8f} val_loss:{val_loss:.8f} artifact_bytes:{artifact_bytes}"
@@ -3040,8 +3003,6 @@ def failure_of(error: BaseException) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, OSError):
         return DataError.exit_code, f"{error.filename}: {error.strerror}; free the place or name another"
-    if isinstance(error, torch.OutOfMemoryError):
-        return SettingError.exit_code, "TRAIN_BATCH_TOKENS is too large for the GPU; raise MICRO_BATCH_SLOTS"
     if isinstance(error, KeyboardInterrupt):
         return 128 + (error.args or [signal.SIGINT])[0], "interrupted; nothing half-written is left"
     return 1, repr(error)
@@ -3072,7 +3033,6 @@ def run_and_record(settings: Settings, process: Process, artifact: Artifact | No
     finally:
         if process.is_main:
             write_atomically(run_dir / "result.json", (json.dumps(record, indent=2) + "\n").encode())
-        log.close(record.get("error"))
 
 
 def main(environment: Mapping[str, str]) -> int:
@@ -3090,7 +3050,7 @@ def main(environment: Mapping[str, str]) -> int:
             elif process.is_main:
                 run_codec(settings, process, artifact)
         return 0
-    except (RunError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
+    except (RunError, OSError, KeyboardInterrupt) as error:
         code, message = failure_of(error)
     if environment.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)

@@ -51,7 +51,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import signal
 import struct
 import sys
@@ -435,8 +434,7 @@ class Process:
 
     def start_sum(self, bank: Tensor, own_only: bool) -> list:
         """Start adding `bank` (`own_only`: `own(bank)` alone) over all ranks; wait for the handles."""
-        # Where ranks have no GPU the sum is whole in any case: gloo has not always had a reduce-scatter.
-        if self.world_size > 1 and own_only and bank.is_cuda:
+        if self.world_size > 1 and own_only and bank.is_cuda:  # gloo has not always had a reduce-scatter
             return [dist.reduce_scatter(self.own(bank), list(bank.chunk(self.world_size)), async_op=True)]
         return [dist.all_reduce(bank, async_op=True)] if self.world_size > 1 else []
 
@@ -482,21 +480,19 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
     """Yield this process, in torchrun's group if there is one; SettingError if ranks cannot share slots."""
     given = [mapping.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
     rank, world_size, local_rank = map(int, given) if all(given) else (0, 1, 0)
-    slots, gpus = settings.micro_batch_slots, torch.cuda.is_available() and torch.cuda.device_count()
+    slots, cuda = settings.micro_batch_slots, torch.cuda.is_available()
     if slots % world_size:
         raise SettingError(f"WORLD_SIZE={world_size} must divide MICRO_BATCH_SLOTS={slots}; change one")
-    if gpus and local_rank >= gpus:
-        raise SettingError(f"LOCAL_RANK={local_rank} has no GPU of {gpus}; lower --nproc_per_node")
-    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
-    if gpus:
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    torch.use_deterministic_algorithms(not gpus)
+    torch.use_deterministic_algorithms(not cuda)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(settings.seed)
     with contextlib.ExitStack() as stack:
         if world_size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
             stack.callback(dist.destroy_process_group)
         yield Process(rank, world_size, device)
 
@@ -540,13 +536,14 @@ class Log:
 
 
 class Clock:
-    """A stopwatch that waits for the device at start and stop: queued work counts where it belongs."""
+    """A running stopwatch. It waits for the device at start and stop: queued work counts where it belongs."""
 
     def __init__(self, process: Process) -> None:
-        self.process, self.total_ms, self.started = process, 0.0, math.inf
+        self.process, self.total_ms = process, 0.0
+        self.start()
 
     def start(self) -> None:
-        """Start, or go on."""
+        """Go on."""
         self.process.synchronize()
         self.started = time.perf_counter()
 
@@ -2787,11 +2784,6 @@ def run_codec(settings: Settings, process: Process, artifact: Artifact) -> None:
 # always what was read back from disk.
 # ============================================================================================================
 
-LOSS_LAG_STEPS = 2  # the host reads losses this many steps late: it never waits for the step it just queued
-RANK_0_SECONDS = 5  # other ranks wait so long with a failure: torchrun ends all once one has ended
-CURVE_POINTS = 64  # points of the curve of bits per byte against tokens seen
-RAW_TEXT_LIMIT = 8_000_000  # validation bytes up to which xz is run for comparison
-
 
 class LossWatch:
     """Reads each step's loss a few steps late, and stops the run at one that is not finite."""
@@ -2804,7 +2796,7 @@ class LossWatch:
         copy = loss.to("cpu", non_blocking=True)  # pinned memory: the host goes on
         copied = torch.cuda.current_stream().record_event() if loss.is_cuda else None
         self.pending.append((f"step {step}", f"at matrix learning rate {matrix_lr:.6g}", copy, copied))
-        self.drain(LOSS_LAG_STEPS)
+        self.drain(keep=2)  # the host never waits for the step it just queued
 
     def drain(self, keep: int = 0) -> float:
         """Read all but the newest `keep` losses; return the last one read. Raises NonFiniteError."""
@@ -2848,8 +2840,7 @@ def choose_weights(averages: Averages, model: GPT, batches: list, process: Proce
     chosen = min(candidates, key=lambda name: losses.get(name, 0.0))
     numbers = {"ema_updates": averages.updates, "swa_snapshots": averages.snapshots}
     numbers |= {f"held_out_train_loss_{name}": round(loss, 8) for name, loss in losses.items()}
-    numbers["moved"] = averages.moved(candidates[chosen])
-    log.event("average", chosen=chosen, **numbers)
+    log.event("average", chosen=chosen, moved=averages.moved(candidates[chosen]), **numbers)
     kept = {name: weight for name, weight in candidates[chosen].items() if not name.startswith("mtp_heads.")}
     return kept, {"held_out_sha256": batches_sha256(batches)}
 
@@ -2869,7 +2860,6 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
     optimizers, averages = Optimizers(model, settings, process), Averages(model, settings)
     clock, watch, bar = Clock(process), LossWatch(), process.progress(total, "train")
     quantized, before_ms, every = False, 0.0, settings.train_log_every
-    clock.start()
     if oracle:
         oracle.count(stream)
         process.synchronize()
@@ -2882,7 +2872,6 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
             log.step("train", step, total, elapsed_ms, train_loss=watch.drain())
         if finished or (settings.val_loss_every and step % settings.val_loss_every == 0):
             clock.stop()
-            watch.drain()
             chunks = score_stream(logits, dataset.val_tokens, settings, settings.window, process, "validate")
             val_loss, val_bpb, *_ = account(chunks, dataset.target_bytes, process)
             log.step("validation", step, total, clock.total_ms, val_loss=val_loss, val_bpb=val_bpb)
@@ -2911,14 +2900,12 @@ def log_cache(scored: Scored, dataset: Dataset, log: Log) -> dict[str, object]:
     size, markers = dataset.target_bytes.astype(np.float64), dataset.val_tokens[:-1] == MARKER_ID
     document = np.cumsum(markers) - markers[0]  # the first document is number 0, marker or not
     alone, mixed = (bits.sum(axis=1) / size.sum()).tolist()
-    low, high = gain_interval(bits[0] - bits[1], size, document)
-    numbers = {"neural_bpb": alone, "cache_gain_bpb": alone - mixed}
-    numbers |= {"cache_weights": scored.mixture.weights, "cache_gain_interval": [low, high]}
-    weights = " ".join(f"{name}:{weight:.3f}" for name, weight in scored.mixture.weights.items())
-    gain = f"gain:{alone - mixed:.6f} ({low:.4f} to {high:.4f}) mean weights: {weights}"
-    log.event("cache", f"ngram_cache: neural_bpb:{alone:.6f} cache_bpb:{mixed:.6f} {gain}", **numbers)
+    interval = np.round(gain_interval(bits[0] - bits[1], size, document), 6).tolist()
+    numbers = {"neural_bpb": alone, "cache_gain_bpb": alone - mixed, "cache_gain_interval": interval}
+    numbers["cache_weights"] = {name: round(mean, 6) for name, mean in scored.mixture.weights.items()}
+    log.event("cache", cache_bpb=mixed, **numbers)
     curve = np.cumsum(bits, axis=1) / np.cumsum(size).clip(min=1e-9)
-    for end in np.linspace(0, len(size), CURVE_POINTS + 1).astype(int)[1:].tolist():
+    for end in np.linspace(0, len(size), 64 + 1).astype(int)[1:].tolist():
         log.event("curve", "", tokens=end, neural_bpb=curve[0, end - 1], cache_bpb=curve[1, end - 1])
     return numbers
 
@@ -2926,13 +2913,11 @@ def log_cache(scored: Scored, dataset: Dataset, log: Log) -> dict[str, object]:
 def evaluate(artifact, dataset, settings, process, log, compiled, path, trained) -> dict[str, object]:
     """Return the numbers of the artifact's score on the validation split; a pseudo-score is logged only."""
     tokens, rule, clock = dataset.val_tokens, PSEUDO_RULES.get(settings.pseudo), Clock(process)
-    clock.start()
     model = load_model(artifact, settings, process)
     body = model.logits if settings.pseudo == "none" else pseudo_logits(model)
     scorer = Scorer(model, settings, process, torch.compile(body, dynamic=False) if compiled else body)
     scored = scorer.score(tokens, beside=rule.beside if rule else 0)
-    prices = scored.mixture.logp
-    priced = (chunk._replace(logp=prices.index_select(0, chunk.positions)) for chunk in scored.chunks)
+    priced = (chunk._replace(logp=scored.mixture.logp[chunk.positions]) for chunk in scored.chunks)
     score = account(priced, dataset.target_bytes, process)
     clock.stop()  # what follows describes the score, or is none
     at = pseudo_targets(score.tokens, settings)
@@ -2948,11 +2933,10 @@ def evaluate(artifact, dataset, settings, process, log, compiled, path, trained)
             beside, neural = scored.table[-rule.beside :].t() if rule.beside else None, scored.table[:2]
             line, figures = pseudo_report(tokens, *neural, dataset.target_bytes, settings, rows, beside)
             log.event("pseudo", line, **figures)
-        if dataset.manifest and score.bytes <= RAW_TEXT_LIMIT:
+        if dataset.manifest and score.bytes <= 8_000_000:  # above, xz would take minutes
             text = dataset.tokenizer.decode(tokens.tolist())
-            bpb = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
-            log.line(f"reference: xz -9e on the same {len(text)} bytes: {bpb:.4f} bpb")
-            numbers["xz_bpb"] = bpb
+            numbers["xz_bpb"] = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+            log.line(f"reference: xz -9e on the same {len(text)} bytes: {numbers['xz_bpb']:.4f} bpb")
         if settings.audit:
             numbers["audit"] = audit_run(scorer, scored, score, path, dataset, log, trained)
     return numbers
@@ -2974,8 +2958,6 @@ def run(settings: Settings, process: Process, log: Log, artifact: Artifact | Non
         pseudo_rule(settings.pseudo, settings, settings.gate_head)  # refused before the work, or never
     select_attention(settings, process, log)
     compiled = settings.compile == "1" or (cuda and settings.compile == "auto")
-    if compiled and not cuda and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise SettingError("COMPILE=1 needs a C++ compiler on a CPU; install g++ or set COMPILE=0")
     numbers: dict[str, object] = {"steps": 0, "train_seconds": 0.0}
     if artifact is None:
         weights, numbers = train(dataset, settings, process, log, compiled)
@@ -2986,8 +2968,8 @@ def run(settings: Settings, process: Process, log: Log, artifact: Artifact | Non
         artifact = read_artifact(path)
     if artifact.tokenizer_sha256 != dataset.tokenizer.sha256:
         raise DataError(f"TOKENIZER_PATH={settings.tokenizer_path}: {path} was made with another; set that")
-    size, code = artifact.size, os.path.getsize(__file__)
-    sizes = {"artifact_bytes": size, "code_bytes": code, "total_bytes": size + code}
+    sizes = {"artifact_bytes": artifact.size, "code_bytes": os.path.getsize(__file__)}
+    sizes["total_bytes"] = sum(sizes.values())
     log.event("artifact", **sizes, limit_bytes=settings.artifact_limit_bytes)
     result = evaluate(artifact, dataset, settings, process, log, compiled, path, numbers) | numbers | sizes
     result["hashes"] = {"artifact_sha256": artifact.sha256, "script_sha256": script_sha256, **dataset.hashes}
@@ -3056,7 +3038,7 @@ def main(environment: Mapping[str, str]) -> int:
         print(f"error: {message}", file=sys.stderr)
     else:
         with contextlib.suppress(KeyboardInterrupt):
-            time.sleep(RANK_0_SECONDS)
+            time.sleep(5)  # torchrun ends all ranks once one has ended: rank 0 speaks first
     return code
 
 

@@ -42,7 +42,7 @@ def main():
     with train_gpt.open_process(os.environ, settings) as process:
         report = {"world_size": process.world_size}
         report["sum"] = process.sum(torch.tensor([1.0 + process.rank, 10.0])).tolist()
-        report["elapsed"] = process.agree(100.0 + 50 * process.rank)
+        report["elapsed"] = process.share(100.0 + 50 * process.rank)[0]
         report["shared"] = process.share(f"from rank {process.rank}")[0]
         failure = train_gpt.DataError("shard 7 is bad") if process.rank == process.world_size - 1 else None
         try:

@@ -63,27 +63,7 @@ def test_open_process_refuses_ranks_that_do_not_share_out():
     settings = train_gpt.Settings.from_env({"RECIPE": "smoke"})
     with (
         pytest.raises(train_gpt.SettingError, match="WORLD_SIZE=3 must divide MICRO_BATCH_SLOTS=2"),
-        train_gpt.open_process({"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "x"}, settings),
-    ):
-        pass
-
-
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {"RANK": "first", "WORLD_SIZE": "2", "MASTER_ADDR": "x"},
-        {"RANK": "\u00b2", "WORLD_SIZE": "2", "MASTER_ADDR": "x"},
-        {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x"},
-        {"RANK": "0", "WORLD_SIZE": "0", "MASTER_ADDR": "x"},
-        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "-1", "MASTER_ADDR": "x"},
-        {"RANK": "0", "WORLD_SIZE": "2"},
-    ],
-)
-def test_open_process_refuses_ranks_that_torchrun_did_not_give(variables):
-    settings = train_gpt.Settings.from_env({"RECIPE": "smoke"})
-    with (
-        pytest.raises(train_gpt.SettingError, match="are not torchrun's; use torchrun"),
-        train_gpt.open_process(variables, settings),
+        train_gpt.open_process({"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}, settings),
     ):
         pass
 
@@ -99,11 +79,10 @@ def test_log_writes_on_rank_0_only(tmp_path, capsys):
     for rank in (0, 1):
         log = train_gpt.Log(train_gpt.Process(rank, 2, torch.device("cpu")), tmp_path / str(rank))
         log.step("train", 5, 10, 1000.0, train_loss=2.0)
-        log.close("it broke")
     line = "step:5/10 train_loss:2.0000 train_time:1000ms step_avg:200.00ms"
     printed = capsys.readouterr()
-    assert (printed.out, printed.err) == (line + "\n", "")  # `main` prints the error
-    assert (tmp_path / "0" / "run.log").read_text() == line + "\nerror: it broke\n"
+    assert (printed.out, printed.err) == (line + "\n", "")
+    assert (tmp_path / "0" / "run.log").read_text() == line + "\n"
     event = json.loads((tmp_path / "0" / "metrics.jsonl").read_text())
     assert event == {"event": "train", "step": 5, "train_time_ms": 1000.0, "train_loss": 2.0}
     assert not (tmp_path / "1").exists()

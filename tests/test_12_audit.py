@@ -841,7 +841,7 @@ def test_an_incomplete_record_is_refused(name, recorded, training, evaluator, ca
     assert recorded(**{key: evaluator[key][cut] for key, cut in cuts.items()}) == 5
     message = capsys.readouterr().err
     assert message.startswith("error: AUDIT_TARGET=") and message.count("\n") == 1
-    assert words in message and "the README describes the file" in message
+    assert words in message and "README.md describes it" in message
     assert not (Path(training["RUN_DIR"]) / "audit.json").exists()
 
 
@@ -851,7 +851,7 @@ def test_unknown_targets_and_tokens_are_refused(recorded, evaluator, capsys):
     assert recorded(targets=evaluator["targets"] + 0.5) == 5
     assert recorded(prices=np.array([{}] * len(evaluator["prices"]), dtype=object)) == 5
     assert recorded(val_bpb=evaluator["prices"]) == 5
-    assert capsys.readouterr().err.count("the README describes the file") == 5
+    assert capsys.readouterr().err.count("README.md describes it") == 5
 
 
 @pytest.mark.parametrize(

@@ -2493,28 +2493,28 @@ class RangeDecoder:
         return token
 
 
-def encode_targets(scorer, tokens: np.ndarray, targets) -> tuple[bytes, np.ndarray]:
+def encode_targets(predict, tokens: np.ndarray, targets) -> tuple[bytes, np.ndarray]:
     """Code `targets` of `tokens`; return the bytes, and of each row its sum and the target's part, (n, 2)."""
     encoder, seen = RangeEncoder(), []
     for target in targets:
-        row, token = scorer.predict(tokens[: target + 1]), int(tokens[target + 1])
+        row, token = predict(tokens[: target + 1]), int(tokens[target + 1])
         encoder.encode(frequencies(row), token)
         seen.append((row.sum(), row[token]))
     return encoder.finish(), np.array(seen).reshape(-1, 2)
 
 
-def decode_targets(scorer, tokens: np.ndarray, targets, data: bytes) -> None:
-    """Fill `targets` into `tokens`, in place, one after the other; `scorer` sees those before."""
+def decode_targets(predict, tokens: np.ndarray, targets, data: bytes) -> None:
+    """Fill `targets` into `tokens`, in place, one after the other; `predict` sees those before."""
     decoder = RangeDecoder(data)
     for target in targets:
-        tokens[target + 1] = decoder.decode(frequencies(scorer.predict(tokens[: target + 1])))
+        tokens[target + 1] = decoder.decode(frequencies(predict(tokens[: target + 1])))
 
 
 def compress_text(data: bytes, scorer: Scorer, tokenizer: Tokenizer, artifact: str) -> bytes:
     """Return `data` as a file that only the artifact of this SHA-256 opens; its targets follow a marker."""
     tokens = np.array([MARKER_ID, *tokenizer.encode(data)], dtype=np.uint16)
     with scorer.process.progress(len(tokens) - 1, "compress") as targets:
-        coded, _ = encode_targets(scorer, tokens, targets)
+        coded, _ = encode_targets(scorer.predict, tokens, targets)
     sizes = (bytes.fromhex(artifact), len(tokens) - 1, len(data), hashlib.sha256(data).digest())
     body = CODEC_PREFIX.pack(CODEC_MAGIC, CODEC_VERSION, *sizes) + coded
     return body + hashlib.sha256(body).digest()
@@ -2534,7 +2534,7 @@ def decompress_text(packed: bytes, scorer: Scorer, tokenizer: Tokenizer, artifac
     require(possible, f"its header claims {count} tokens for {size} bytes, {len(coded)} of them coded")
     tokens = np.full(count + 1, MARKER_ID, dtype=np.uint16)
     with scorer.process.progress(count, "decompress") as targets:
-        decode_targets(scorer, tokens, targets, coded)
+        decode_targets(scorer.predict, tokens, targets, coded)
     data = tokenizer.decode(tokens[1:].tolist())
     same = len(data) == size and hashlib.sha256(data).digest() == sha256
     require(same, "it decodes to something else, with other settings or on a machine that rounds differently")
@@ -2547,16 +2547,16 @@ def deviation(got: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(got - expected).max(initial=0.0)) if same else sys.float_info.max
 
 
-def audit_spans(scorer, decoder, tokens: np.ndarray, prices: np.ndarray, spans) -> tuple[dict, list[bytes]]:
+def audit_spans(predict, again, tokens: np.ndarray, prices: np.ndarray, spans) -> tuple[dict, list[bytes]]:
     """Return condition -> [deviation, tolerance], and the receipt of each span: its targets, coded.
 
-    `prices` (N,) in nats are what the account took in. Both scorers are seen through `predict` alone."""
+    `predict` encodes, `again` decodes; `prices` (N,) in nats are what the account took in."""
     rows, coded, wrong, excess = [np.empty((0, 3))], [], 0, 0.0
     for targets in spans:
-        data, seen = encode_targets(scorer, tokens, targets)
+        data, seen = encode_targets(predict, tokens, targets)
         bits, decoded = -float(prices[targets].sum()) / math.log(2), tokens.copy()
         decoded[np.add(targets, 1)] = MARKER_ID
-        decode_targets(decoder, decoded, targets, data)
+        decode_targets(again, decoded, targets, data)
         wrong, excess = (
             wrong + (decoded != tokens).sum(),
             max(excess, abs(8 * len(data) - bits) - 0.001 * bits),
@@ -2578,21 +2578,10 @@ def audit_scorer(scorer, decoder, tokens: np.ndarray, prices: np.ndarray, spans)
         altered[target + 1 :] += random.integers(1, vocab_size, len(head) - 1 - target)
         flipped = scorer.prices((altered % vocab_size).astype(head.dtype))
         changes.append(deviation(flipped[:target], again[:target]))
-    found, coded = audit_spans(scorer, decoder, tokens, prices, spans)
+    found, coded = audit_spans(scorer.predict, decoder.predict, tokens, prices, spans)
     found["causal"] = [max(changes), 1e-6]
     found["prefix"] = [deviation(again, prices[: len(head) - 1]), 1e-5]
     return found, coded
-
-
-class Recorded(NamedTuple):
-    """Somebody else's evaluator, as recorded at some targets."""
-
-    targets: np.ndarray  # (M,) ascending
-    logp: np.ndarray  # (M, V) log-probabilities of the whole vocabulary, nats
-
-    def predict(self, past: np.ndarray) -> np.ndarray:
-        """Return the distribution (V,) that was recorded for the target after `past`."""
-        return np.exp(self.logp[np.searchsorted(self.targets, len(past) - 1)].astype(np.float64))
 
 
 def audit_recorded(settings: Settings) -> dict[str, list[float]]:
@@ -2600,25 +2589,30 @@ def audit_recorded(settings: Settings) -> dict[str, list[float]]:
 
     It holds tokens (N + 1,), prices (N,) in nats and bytes (N,) of all targets, val_bpb (), and, of some
     targets (M,), counted from 0 and ascending, logp (M, V)."""
-    tokenizer = Tokenizer.load(Path(settings.tokenizer_path))
+    tokenizer, names = (
+        Tokenizer.load(Path(settings.tokenizer_path)),
+        "tokens prices bytes targets logp val_bpb",
+    )
     try:
         with np.load(settings.audit_target) as file:
-            names = ("tokens", "prices", "bytes", "targets", "logp", "val_bpb")
-            tokens, prices, size, targets, logp, val_bpb = (file[name] for name in names)
-        total, recorded = len(tokens) - 1, Recorded(targets, logp)
-        covered = prices.shape == size.shape == (total,)
-        require(covered, f"prices and bytes are not {total} each, as many as tokens less one")
+            tokens, prices, size, targets, logp, val_bpb = (file[name] for name in names.split())
+        total = len(tokens) - 1
+        require(prices.shape == size.shape == (total,), f"prices and bytes are not {total} each")
         require(len(targets) > 0, "it records the distribution of no target")
-        found, _ = audit_spans(recorded, recorded, tokens, prices, [targets])
+
+        def predict(past: np.ndarray) -> np.ndarray:
+            return np.exp(logp[np.searchsorted(targets, len(past) - 1)].astype(np.float64))
+
+        found, _ = audit_spans(predict, predict, tokens, prices, [targets])
         rules = [int(tokenizer.target_bytes(tokens, exact).sum()) for exact in (True, False)]
-        bits = -prices.astype(np.float64).sum() / math.log(2)
-        found["ledger"] = [abs(float(bits / size.sum() - val_bpb)), 1e-6]
+        found["ledger"] = [
+            abs(bits_per_byte(-prices.astype(np.float64).sum(), size.sum()) - float(val_bpb)),
+            1e-6,
+        ]
     except (*ARTIFACT_FAULTS, OSError, EOFError, IndexError, zipfile.BadZipFile) as error:
-        text = f"AUDIT_TARGET={settings.audit_target}: {error}; the README describes the file"
-        raise DataError(text) from error
+        raise DataError(f"AUDIT_TARGET={settings.audit_target}: {error}; README.md describes it") from error
     found["normalised"][1] = 1e-6  # of rows in float32
-    found["bytes"] = [float(min(abs(int(size.sum()) - rule) for rule in rules)), 0.0]
-    return found
+    return found | {"bytes": [float(min(abs(int(size.sum()) - rule) for rule in rules)), 0.0]}
 
 
 def load_model(artifact: Artifact, settings: Settings, process: Process) -> GPT:
@@ -2702,8 +2696,10 @@ def audit_run(
     found["gate closed"] = [deviation(closed, neural), 0.0]
     found["uniform"] = [deviation(flat.prices(head), np.full_like(neural, -math.log(s.vocab_size))), 1e-6]
     found["coverage"] = [float(abs(score.tokens - total)), 0.0]
-    bits = -prices.astype(np.float64).sum() / math.log(2)
-    found["ledger"] = [abs(score.val_bpb - bits / score.bytes), 1e-6]
+    found["ledger"] = [
+        abs(score.val_bpb - bits_per_byte(-prices.astype(np.float64).sum(), score.bytes)),
+        1e-6,
+    ]
     used = {name: weight.cpu().numpy() for name, weight in scorer.model.state_dict().items()}
     found["artifact"] = [max(deviation(used[n], w.numpy()) for n, w in artifact.weights.items()), 0.0]
     if dataset.stream:

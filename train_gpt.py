@@ -2,10 +2,6 @@
 
 One file, read from top to bottom; every section uses only what stands above it.
 
-    environment -> Settings -> shards -> GPT.logits -> Optimizers -> Averages -> artifact.bin --(disk)--> GPT
-                                                                                                           |
-             result.json <- account (nats, tokens, bytes) <- mix_prices <- ScoredChunk <-------------------+
-
     section                        comes in                  goes out
     1  SETTINGS                    environment mapping       Settings, frozen and checked
     2  PROCESS AND LOG             Settings, torchrun        Process (rank, device), Log, Clock
@@ -138,23 +134,22 @@ RECIPES = {
         MATRIX_BITS=6 LOOKUP_BITS=6 EMBED_BITS=16 PSEUDO=pr864""",
 }
 
-# Names of other submissions, old:new where a setting here stands for one, old: where none does.
+# Names of other submissions, and the setting here that stands for each.
 REFUSED = """LEAKY_RELU:MLP_ACTIVATION MLP_MULT_ENCODER:MLP_MULT MLP_MULT_DECODER:MLP_MULT SWA_ENABLED:AVERAGE
     VE_ENABLED:VE_LAYERS USE_BIGRAMHASH:BIGRAM_VOCAB_SIZE USE_SMEARGATE:SMEAR_GATE INT6_LAST_N:MATRIX_BITS
-    USE_VALUE_RESIDUAL:VALUE_RESIDUAL USE_GATED_ATTENTION:GATED_ATTN SWA_START_FRAC:SWA_START_SCALE
+    USE_VALUE_RESIDUAL:VALUE_RESIDUAL USE_GATED_ATTENTION:GATED_ATTN NGRAM_ORDER:NGRAM_MAX_ORDER
     QAT_ENABLED:QAT_START LATE_QAT_THRESHOLD:QAT_START USE_LATE_QAT:QAT_START QAT_TIME_FRAC:QAT_START
-    NGRAM_ORDER:NGRAM_MAX_ORDER NGRAM_ENT_BASE:NGRAM_ALPHA_MIN NGRAM_ENABLED:PSEUDO NGRAM_EVAL:PSEUDO
-    USE_MIXER:PSEUDO MIXER_HEAD:GATE_HEAD USE_EMA:EMA_DECAY TTT_ONLY:EVAL_ONLY SKIP_SLIDING:EVAL_STRIDE
-    RUN_CONFIG:RECIPE WEIGHT_DECAY:MUON_WD+ADAM_WD GRAD_ACCUM_STEPS:MICRO_BATCH_SLOTS
-    NGRAM_ALPHA:NGRAM_ALPHA_MIN+NGRAM_ALPHA_MAX NGRAM_ENT_RANGE:NGRAM_ALPHA_MAX CONTROL_TENSOR_NAME_PATTERNS:
-    INT8_KEEP_FLOAT_FP32_NAME_PATTERNS: MUON_BETA2: MIXER_ETA: PPM_ALPHA: USE_CACHE: CACHE_ALPHA:
-    NGRAM_TWO_PASS: NGRAM_RESCORE_CHUNKS: NGRAM_MIN_ORDER: NGRAM_ENT_SCALE: NGRAM_ENT_THRESH:
-    NGRAM_ENTROPY_CENTER: NGRAM_ENTROPY_SCALE:"""
-REFUSED_NAMES = {old: f" here: set {new or 'nothing'}" for old, new in re.findall(r"(\w+):(\S*)", REFUSED)}
-OTHER_TOOLS = {"COMPILER", "MODEL_DIR", "DATASET_PATH", "OMP_NUM_THREADS"}  # close to a setting's name
+    NGRAM_ENABLED:PSEUDO NGRAM_EVAL:PSEUDO USE_MIXER:PSEUDO MIXER_HEAD:GATE_HEAD USE_EMA:EMA_DECAY
+    RUN_CONFIG:RECIPE TTT_ONLY:EVAL_ONLY SKIP_SLIDING:EVAL_STRIDE NGRAM_ENT_BASE:NGRAM_ALPHA_MIN
+    SWA_START_FRAC:SWA_START_SCALE
+    WEIGHT_DECAY:MUON_WD+ADAM_WD GRAD_ACCUM_STEPS:MICRO_BATCH_SLOTS NGRAM_ENT_RANGE:NGRAM_ALPHA_MAX
+    NGRAM_ALPHA:NGRAM_ALPHA_MIN+NGRAM_ALPHA_MAX"""
+REFUSED_NAMES = dict(pair.split(":") for pair in REFUSED.split())
+# Variables of other tools whose names come close to a setting's.
+OTHER_TOOLS = {"COMPILER", "MODEL_DIR", "DATASET_PATH", "OMP_NUM_THREADS"}
 
 
-def setting(default, doc: str, low=None, high=None, choices=None, stored: str = ""):
+def setting(default, doc: str, low=None, high=math.inf, choices=None, stored: str = ""):
     """Return a dataclass field with its rule: inclusive range, allowed values, and what artifacts store:
     "shape" where the weights depend on it (it cannot differ), "scoring" where the score does (a default)."""
     rule = {"doc": doc, "low": low, "high": high, "choices": choices, "stored": stored}
@@ -308,9 +303,9 @@ class Settings:
         """Return the settings of `mapping` on top of an artifact's `stored` values; raises SettingError."""
         fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
         for name in sorted(mapping.keys() - fields.keys() - OTHER_TOOLS):
-            close = name.isupper() and difflib.get_close_matches(name, sorted(fields), 1, 0.85)
-            if fault := REFUSED_NAMES.get(name) or (close and f"; rename it to {close[0]} or unset it"):
-                raise SettingError(f"{name}={mapping[name]!r} is not a setting{fault}")
+            close = difflib.get_close_matches(name, sorted(fields), 1, 0.85)
+            if remedy := REFUSED_NAMES.get(name) or " ".join(close):
+                raise SettingError(f"{name}={mapping[name]!r} is not a setting: set {remedy} or unset it")
         row = dict(pair.split("=", 1) for pair in RECIPES.get(mapping.get("RECIPE", cls.recipe), "").split())
         stored, values = stored or {}, {}
         for name, field in fields.items():
@@ -323,11 +318,9 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, (doc, low, high, choices, _) = getattr(self, field.name), field.metadata.values()
-            fault = choices and value not in choices and f"choose one of {', '.join(map(str, choices))}"
-            fault = fault or (low is not None and not value >= low and f"raise it to {low} at least")
-            fault = fault or (high is not None and not value <= high and f"lower it to {high} at most")
-            if fault:
-                raise SettingError(f"{field.name.upper()}={value!r} is not allowed ({doc}): {fault}")
+            rule = f"one of {', '.join(map(str, choices))}" if choices else f"a value from {low} to {high}"
+            if not (value in choices if choices else low is None or low <= value <= high):
+                raise SettingError(f"{field.name.upper()}={value!r} is not allowed ({doc}): choose {rule}")
         s, slots, head = self, self.micro_batch_slots, self.head_dim
         row, val_row = slots * s.train_seq_len, slots * s.window
         loads, missing = s.eval_only or s.codec != "none", "" in (s.artifact, s.input, s.output)
@@ -335,7 +328,6 @@ class Settings:
         qat = re.fullmatch(r"off|step0|(scale|time):(0\.\d+|1)", s.qat_start)
         no_ema = not s.ema_decay and (s.average == "mean" or s.swa_source == "ema")
         no_qat = s.qat_start == "off" and (s.soft_round_qat or s.crown_q_lambda)
-        power = 1 << s.ngram_buckets.bit_length() >> 1
         gated = s.pseudo == "pr834" or (loads and s.gate_head)
         for name, broken, rule, number in (
             ("CODEC", s.codec != "none" and missing, "none, or have files", "ARTIFACT, INPUT and OUTPUT"),
@@ -344,7 +336,7 @@ class Settings:
             ("MODEL_DIM", head > 512, "at most 512 times NUM_HEADS", s.num_heads),
             ("TRAIN_BATCH_TOKENS", ragged, "a multiple of slots times sequence", row),
             ("VAL_BATCH_SIZE", s.val_batch_size < val_row, "at least MICRO_BATCH_SLOTS windows", val_row),
-            ("NGRAM_BUCKETS", s.ngram_buckets ^ power, "a power of two", f"{power} or {2 * power}"),
+            ("NGRAM_BUCKETS", s.ngram_buckets.bit_count() > 1, "a power of two or 0", "the rule's"),
             ("GATE_HEAD", s.gate_head != gated, "on with PSEUDO=pr834 and only then", s.pseudo),
             ("EVAL_STRIDE", s.eval_stride > s.window, "at most the scoring window", s.window),
             ("XSA_LAST_N", s.xsa_last_n > s.num_layers, "at most NUM_LAYERS", s.num_layers),
@@ -586,10 +578,9 @@ def open_shard(path: Path) -> np.ndarray:
         rule = f"{SHARD_MAGIC} or shard version {version} is not {SHARD_VERSION}"
         raise DataError(f"{path}: magic number {magic} is not {rule}; make the shard anew")
     size, expected = path.stat().st_size, SHARD_HEADER_BYTES + 2 * tokens
-    if tokens < 0 or size != expected:
+    if size != expected:
         raise DataError(f"{path}: {size} bytes are not the {expected} of its {tokens} tokens; get it anew")
-    # An empty file cannot be mapped.
-    return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (tokens,)) if tokens else np.zeros(0, "<u2")
+    return np.memmap(path, "<u2", "r")[SHARD_HEADER_BYTES // 2 :]
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
@@ -665,8 +656,7 @@ class Tokenizer:
         try:
             return cls(path.read_bytes())
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", error)
-            raise DataError(f"TOKENIZER_PATH={path}: {reason}; set it to the shards' own") from error
+            raise DataError(f"TOKENIZER_PATH={path}: {error}; set it to the shards' own") from error
 
     def _piece(self, token: int) -> bytes:
         """Return a token's raw bytes: markers none, byte pieces one, others text with U+2581 as space."""
@@ -727,21 +717,23 @@ def read_manifest(path: Path, hashes: dict[str, str], val_bytes: int) -> dict:
     """Return a manifest.json of data/text.py, its training split in `hashes`; DataError for a false one."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        val, tokenizer = manifest["splits"]["val"], manifest["tokenizer"]
-        hashes["train_sha256"], _ = manifest["splits"]["train"]["sha256"], tokenizer["trained_here"]
-        if tokenizer["sha256"] != hashes["tokenizer_sha256"]:
-            raise DataError(f"{path}: shards were made with another tokenizer; set TOKENIZER_PATH to it")
-        if (val["sha256"], val["bytes"]) != (hashes["val_sha256"], val_bytes):
-            fault = f"describes other validation shards: {val['bytes']} raw val bytes, {val_bytes} in tokens"
-            raise DataError(f"{path}: {fault}; make it anew")
+        val = manifest["splits"]["val"]
+        stated = {"tokenizer_sha256": manifest["tokenizer"]["sha256"], "val_sha256": val["sha256"]}
+        if (stated, val["bytes"]) != (hashes, val_bytes):
+            fault = f"another tokenizer or other shards: {val['bytes']} raw val bytes, {val_bytes} in tokens"
+            raise DataError(f"{path} states {fault}; set TOKENIZER_PATH to it or make the shards anew")
+        hashes["train_sha256"], _ = (
+            manifest["splits"]["train"]["sha256"],
+            manifest["tokenizer"]["trained_here"],
+        )
         return manifest
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a manifest of data/text.py ({error!r}); make it anew") from error
 
 
 def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Dataset:
     """Open everything under DATA_PATH and check it; `carried` is the tokenizer that came with an artifact.
-    Raises DataError where files are missing, damaged or do not fit together; SettingError for VOCAB_SIZE."""
+    Raises DataError where files are missing, damaged or not those of the manifest, and SettingError."""
     folder, path = Path(settings.data_path), Path(settings.data_path, "manifest.json")
     paths, tokenizer = find_shards(folder, "val"), carried or Tokenizer.load(Path(settings.tokenizer_path))
     if (size := len(tokenizer.pieces)) != settings.vocab_size:
@@ -1271,12 +1263,12 @@ class Averages:
 # ============================================================================================================
 # 7 QUANTIZATION AND ARTIFACT. In: weights. Out: one file, and the weights that come back from it. The file
 # describes itself: magic, version, JSON header (settings, tensors, tokenizer), one zstd frame or xz stream,
-# SHA-256 of all before. Same weights, same bytes. Faults are refused before what they claim is allocated.
+# SHA-256 of all before it. A file that is not exactly right is refused before what it claims is allocated.
 # ============================================================================================================
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFGPT\n", 1
 PREFIX = struct.Struct("<8s2I")  # magic, version, length of the header
-MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES = 1_000_000, 2**30
+MAX_PAYLOAD_BYTES = 2**30
 BITS = {"int8": 8, "int6": 6, "int5": 5}  # kinds of quantized tensors
 COLUMNS = ("int8", "float16", "float32")  # NumPy types of all that is stored, in the order of the file
 STORED = {**dict.fromkeys(BITS, COLUMNS[:2]), "float16": COLUMNS[1:2], "float32": COLUMNS[2:]}  # by kind
@@ -1453,9 +1445,8 @@ def expand_frame(frame: bytes, size: int) -> bytes:
         data = stream.decompress(frame, max_length=size + 1)
         complete = stream.eof and not stream.unused_data
     else:
-        claimed, data, complete = zstandard.frame_content_size(frame), bytearray(), True
-        require(claimed == size, f"its frame claims {claimed} bytes, its header needs {size}")
         # Read in pieces: memory grows with what is really there, not with what the frame claims.
+        data, complete = bytearray(), True
         reader = zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(frame)
         while len(data) <= size and (piece := reader.read(2**20)):
             data += piece
@@ -1466,17 +1457,18 @@ def expand_frame(frame: bytes, size: int) -> bytes:
 def unpack_artifact(data: bytes) -> Artifact:
     """Return the content of an artifact file that is right in everything; raises one of ARTIFACT_FAULTS."""
     require(data.startswith(ARTIFACT_MAGIC), "it does not start with an artifact's magic bytes")
-    require(len(data) >= PREFIX.size + 32, "it is truncated")
+    require(hashlib.sha256(data[:-32]).digest() == data[-32:], "its SHA-256 does not match: cut or altered")
     _, version, header_size = PREFIX.unpack_from(data)
     require(version == ARTIFACT_VERSION, f"format version {version}, this script reads {ARTIFACT_VERSION}")
-    require(hashlib.sha256(data[:-32]).digest() == data[-32:], "its SHA-256 does not match: cut or altered")
     end = PREFIX.size + header_size
-    require(end <= min(len(data) - 32, MAX_HEADER_BYTES), f"a header of {header_size} bytes does not fit")
-    header, expected = json.loads(data[PREFIX.size : end]), Settings().stored_values()
-    values, tensors = header["settings"], header["tensors"]
-    require(set(values) == set(expected), "its header does not hold the settings that this script stores")
-    for name, default in expected.items():
-        require(type(values[name]) is type(default), f"its header gives {name} as {values[name]!r}")
+    require(end <= len(data) - 32, f"a header of {header_size} bytes does not fit")
+    header, kinds = (
+        json.loads(data[PREFIX.size : end]),
+        {k: type(v) for k, v in Settings().stored_values().items()},
+    )
+    values, tensors = dict(header["settings"]), header["tensors"]
+    same = {name: type(value) for name, value in values.items()} == kinds
+    require(same, "its header does not hold the settings that this script stores")
     settings = Settings(**values, eval_only="artifact", val_batch_size=2**30)  # batches that break no rule
     with torch.device("meta"):  # shapes without memory
         shapes = [[name, list(parameter.shape)] for name, parameter in GPT(settings).named_parameters()]
@@ -1506,12 +1498,9 @@ def unpack_artifact(data: bytes) -> Artifact:
 def read_artifact(path: Path) -> Artifact:
     """Read and check an artifact file; raises DataError naming the file and what is wrong with it."""
     try:
-        size = path.stat().st_size
-        require(size <= MAX_PAYLOAD_BYTES, f"{size} bytes are more than any artifact has")
+        require(path.stat().st_size <= MAX_PAYLOAD_BYTES, "its bytes are more than any artifact has")
         return unpack_artifact(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); name an artifact.bin") from error
-    except (*ARTIFACT_FAULTS, OverflowError, RecursionError) as error:
+    except (*ARTIFACT_FAULTS, OSError, OverflowError, RecursionError) as error:
         raise DataError(f"{path}: not a valid artifact ({error}); get it anew") from error
 
 

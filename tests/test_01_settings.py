@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import numpy as np
@@ -54,10 +55,10 @@ def test_hand_set_wins_over_recipe():
         ({"ATTENTION": "flash"}, ["ATTENTION='flash'", "auto, sdpa, fa3, fa4"]),
         ({"COMPILE": "2"}, ["COMPILE='2'", "auto, 0, 1"]),
         ({"MATRIX_BITS": "7"}, ["MATRIX_BITS=7", "5, 6, 8"]),
-        ({"ITERATIONS": "0"}, ["ITERATIONS=0", "1 at least"]),
-        ({"EMA_DECAY": "1"}, ["EMA_DECAY=1.0", "0.999999 at most"]),
-        ({"MATRIX_LR": "-0.1"}, ["MATRIX_LR=-0.1", "0.0 at least"]),
-        ({"VOCAB_SIZE": "70000"}, ["VOCAB_SIZE=70000", "65536 at most"]),
+        ({"ITERATIONS": "0"}, ["ITERATIONS=0", "a value from 1 to"]),
+        ({"EMA_DECAY": "1"}, ["EMA_DECAY=1.0", "a value from 0.0 to 0.999999"]),
+        ({"MATRIX_LR": "-0.1"}, ["MATRIX_LR=-0.1", "a value from 0.0 to 10.0"]),
+        ({"VOCAB_SIZE": "70000"}, ["VOCAB_SIZE=70000", "a value from 2 to 65536"]),
         ({"NUM_HEADS": "6"}, ["MODEL_DIM=512", "multiple of NUM_HEADS", "6"]),
         ({"NUM_KV_HEADS": "3"}, ["NUM_HEADS=8", "multiple of NUM_KV_HEADS", "3"]),
         ({"MODEL_DIM": "24"}, ["MODEL_DIM=24", "even multiple of NUM_HEADS"]),
@@ -69,7 +70,6 @@ def test_hand_set_wins_over_recipe():
         ({"VE_LAYERS": "3,x"}, ["VE_LAYERS='3,x'", "numbers below NUM_LAYERS"]),
         ({"ROPE_DIMS": "66"}, ["ROPE_DIMS=66", "at most a head's channels", "64"]),
         ({"ROPE_DIMS": "3"}, ["ROPE_DIMS=3", "even"]),
-        ({"MTP_NUM_HEADS": "64", "TRAIN_SEQ_LEN": "64", "EVAL_STRIDE": "64"}, ["MTP_NUM_HEADS=64", "below"]),
         ({"AVERAGE": "mean", "EMA_DECAY": "0"}, ["EMA_DECAY=0.0", "above 0 for AVERAGE=mean"]),
         ({"SWA_SOURCE": "ema", "EMA_DECAY": "0"}, ["EMA_DECAY=0.0", "SWA_SOURCE=ema"]),
         ({"QAT_START": "late"}, ["QAT_START='late'", "off, step0, scale:<x> or time:<x>"]),
@@ -79,8 +79,8 @@ def test_hand_set_wins_over_recipe():
         ({"CROWN_Q_LAMBDA": "0.1"}, ["QAT_START='off'", "CROWN_Q_LAMBDA", "0.1"]),
         ({"LEAKY_RELU": "1"}, ["LEAKY_RELU='1'", "set MLP_ACTIVATION"]),
         ({"LATE_QAT_THRESHOLD": "0.5"}, ["LATE_QAT_THRESHOLD='0.5'", "set QAT_START"]),
-        ({"NGRAM_BUCKETS": "3"}, ["NGRAM_BUCKETS=3", "a power of two", "2 or 4"]),
-        ({"NGRAM_BUCKETS": "4194303"}, ["NGRAM_BUCKETS=4194303", "2097152 or 4194304"]),
+        ({"NGRAM_BUCKETS": "3"}, ["NGRAM_BUCKETS=3", "a power of two", "0 (the rule's)"]),
+        ({"NGRAM_BUCKETS": "4194303"}, ["NGRAM_BUCKETS=4194303", "a power of two"]),
         ({"GATE_HEAD": "1"}, ["GATE_HEAD=True", "on with PSEUDO=pr834 and only then (none)"]),
         ({"PSEUDO": "pr834"}, ["GATE_HEAD=False", "on with PSEUDO=pr834 and only then (pr834)"]),
         ({"PSEUDO": "pr886"}, ["PSEUDO='pr886'", "none, pr864, pr890, pr779, pr810, pr834"]),
@@ -103,7 +103,7 @@ def test_every_bound_is_checked(name):
     """One step outside each end of each range is refused, and the message names the variable."""
     field = FIELDS[name]
     outside = [field.metadata["low"] - 1] if field.metadata["low"] is not None else []
-    outside += [field.metadata["high"] + 1] if field.metadata["high"] is not None else []
+    outside += [field.metadata["high"] + 1] if field.metadata["high"] < math.inf else []
     outside += ["none of these"] if field.metadata["choices"] else []
     for value in outside:
         with pytest.raises(SettingError, match=f"^{name}="):
@@ -112,7 +112,7 @@ def test_every_bound_is_checked(name):
 
 @pytest.mark.parametrize("name", REFUSED_NAMES)
 def test_names_of_other_submissions_are_refused(name):
-    with pytest.raises(SettingError, match=f"^{name}='1' is not a setting here: "):
+    with pytest.raises(SettingError, match=f"^{name}='1' is not a setting: set "):
         Settings.from_env({name: "1"})
 
 

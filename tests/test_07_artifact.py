@@ -396,7 +396,7 @@ FAULTS = {
     "empty": (lambda d: b"", "magic bytes"),
     "foreign": (lambda d: b"PK\x03\x04" + d[4:], "magic bytes"),
     "cut in the header": (lambda d: d[:100], "SHA-256 does not match"),
-    "cut in the prefix": (lambda d: d[:14], "truncated"),
+    "cut in the prefix": (lambda d: d[:14], "SHA-256 does not match"),
     "cut at the end": (lambda d: d[:-1], "SHA-256 does not match"),
     "longer": (lambda d: d + b"x", "SHA-256 does not match"),
     "a flipped bit": (lambda d: d[:5000] + bytes([d[5000] ^ 1]) + d[5001:], "SHA-256 does not match"),
@@ -404,7 +404,10 @@ FAULTS = {
         lambda d: sealed(d[:8] + struct.pack("<I", 2) + d[12:-32]),
         "format version 2, this script reads",
     ),
-    "endless header": (lambda d: sealed(d[:12] + struct.pack("<I", 2**31) + d[16:-32]), "does not fit"),
+    "endless header": (
+        lambda d: sealed(d[:12] + struct.pack("<I", 2**31) + d[16:-32]),
+        "not a valid artifact",
+    ),
     "no JSON": (lambda d: sealed(d[:16] + b"#" + d[17:-32]), "not a valid artifact"),
     "deep JSON": (
         lambda d: sealed(d[:12] + struct.pack("<I", 100_000) + b"[" * 100_000 + d[16:-32]),
@@ -417,7 +420,7 @@ FAULTS = {
     ),
     "a setting of another type": (
         lambda d: rebuilt(d, set_in(("settings", "num_layers"), "3")),
-        "num_layers as '3'",
+        "does not hold the settings",
     ),
     "an impossible setting": (lambda d: rebuilt(d, set_in(("settings", "num_heads"), 5)), "NUM_HEADS"),
     "a giant model": (
@@ -452,8 +455,8 @@ FAULTS = {
         "TRAIN_SEQ_LEN",
     ),
     "a giant tokenizer": (lambda d: rebuilt(d, set_in(("tokenizer", "bytes"), 2**40)), "header needs"),
-    "a short frame": (lambda d: rebuilt(d, frame=frame_of(b"short")), "claims 5 bytes"),
-    "a long frame": (lambda d: rebuilt(d, frame=frame_of(b"0" * 10**6)), "claims 1000000 bytes"),
+    "a short frame": (lambda d: rebuilt(d, frame=frame_of(b"short")), "does not hold"),
+    "a long frame": (lambda d: rebuilt(d, frame=frame_of(b"0" * 10**6)), "does not hold"),
     "an xz stream of other length": (lambda d: rebuilt(d, frame=lzma.compress(b"short")), "does not hold"),
     "a longer xz stream": (lambda d: rebuilt(d, frame=lzma.compress(bytes(10**6))), "does not hold"),
     "half an xz stream": (lambda d: rebuilt(d, frame=lzma.compress(bytes(99))[:-9]), "does not hold"),
@@ -497,9 +500,9 @@ def test_a_frame_that_lies_about_its_size_allocates_nothing(packed):
 
 
 def test_missing_and_oversized_files_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="not a valid artifact"):
         read_artifact(tmp_path / "nothing")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="not a valid artifact"):
         read_artifact(tmp_path)
     monkeypatch.setattr(train_gpt, "MAX_PAYLOAD_BYTES", 100)
     (tmp_path / "big").write_bytes(bytes(101))

@@ -288,7 +288,7 @@ def test_an_artifact_that_names_its_tokenizer_needs_that_one(dataset_dir, tmp_pa
         ({"INPUT": ""}, 2, ["CODEC='compress'", "ARTIFACT, INPUT and OUTPUT"]),
         ({"OUTPUT": ""}, 2, ["CODEC='compress'", "ARTIFACT, INPUT and OUTPUT"]),
         ({"CODEC": "expand"}, 2, ["CODEC='expand'", "none, compress, decompress"]),
-        ({"ARTIFACT": "nowhere"}, 5, ["nowhere: cannot be read"]),
+        ({"ARTIFACT": "nowhere"}, 5, ["nowhere: not a valid artifact"]),
         ({"ARTIFACT": "text"}, 5, ["text: not a valid artifact"]),
         ({"INPUT": "nowhere"}, 5, ["nowhere: No such file or directory"]),
         ({"INPUT": "."}, 5, [".: Is a directory"]),

@@ -190,7 +190,11 @@ def too_small(folder):
 
 def no_tokenizer(folder):
     (folder / "x.txt").write_bytes(b"some text")
-    return [folder / "x.txt", "--tokenizer", folder / "nothing.model"], "nothing.model: No such file"
+    return [
+        folder / "x.txt",
+        "--tokenizer",
+        folder / "nothing.model",
+    ], "nothing.model: [Errno 2] No such file"
 
 
 @pytest.mark.parametrize(

@@ -761,16 +761,13 @@ ROLES |= {"bigram.proj": "projection", "ve_shared.proj": "projection"}
 linear = functools.partial(nn.Linear, bias=False)  # matrices have no bias, gates have
 
 
-def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
-    """Return scale * x / sqrt(mean(x^2) + eps) over the last axis, without a learned gain."""
-    x = F.rms_norm(x, (x.size(-1),), eps=NORM_EPSILON).to(x.dtype)
-    return x if scale == 1.0 else scale * x
+def rms_norm(x: Tensor) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) over the last axis, without a learned gain."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPSILON).to(x.dtype)
 
 
 def rotary_tables(length: int, dims: int, base: float, ntk_length: int = 0) -> Tensor:
-    """Return cos and sin of the rotary angles, (2, length, dims / 2) float32 (arXiv 2104.09864).
-
-    Beyond `ntk_length`, if set, the base grows: the slowest channel turns no further ("NTK-aware")."""
+    """Return cos and sin (arXiv 2104.09864), (2, length, dims / 2); beyond `ntk_length` the base grows."""
     base *= max(1.0, length / (ntk_length or length)) ** (dims / max(dims - 2, 1))
     speeds = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
     angles = torch.arange(length, dtype=torch.float64)[:, None] * speeds
@@ -780,8 +777,7 @@ def rotary_tables(length: int, dims: int, base: float, ntk_length: int = 0) -> T
 def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
     """Rotate the first R channels of x (B, H, T, D) by position; channel i pairs with channel i + R / 2."""
     cos, sin = rotary[:, : x.size(-2)].to(x.dtype)
-    half = cos.size(-1)
-    first, second, still = x.tensor_split((half, 2 * half), dim=-1)
+    first, second, still = x.tensor_split((cos.size(-1), 2 * cos.size(-1)), dim=-1)
     return torch.cat((first * cos + second * sin, second * cos - first * sin, still), dim=-1)
 
 
@@ -818,66 +814,51 @@ class Attention(nn.Module):
         self.vr_lambda = nn.Parameter(torch.full((2,), 0.5)) if s.value_residual else None
         self.attn_gate = gate(D, s.num_heads, 4.0) if s.gated_attn else None
 
-    def forward(self, x: Tensor, rotary: Tensor, extra=None, first=None, memory=None) -> tuple:
+    def forward(self, x: Tensor, rotary: Tensor, extra=0.0, first=None, memory=None) -> tuple:
         """Return the attention branch for x (B, T, D), and the first block's values (B, T, K * D / H).
 
-        `extra`: a value embedding to add to this block's values; `first`: None in the first block; `memory`
-        (2, B, K, past + T, D / H): keys and values of the past, whose last T places this call fills."""
-        q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)
-        v = v if extra is None else v + extra
+        `extra` is added to this block's values; `memory`, (2, B, K, past + T, D / H), is filled up."""
+        q, k, v = self.c_q(x), self.c_k(x), self.c_v(x) + extra
         first = v if first is None else first
         if self.vr_lambda is not None:
             v = self.vr_lambda[0].to(v.dtype) * first + self.vr_lambda[1].to(v.dtype) * v
         q, k, v = (flat.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for flat in (q, k, v))
         q = apply_rotary(rms_norm(q), rotary) * self.q_gain.to(q.dtype)[:, None, None]  # (B, H, T, D / H)
         k = apply_rotary(rms_norm(k), rotary)  # (B, K, T, D / H)
-        keys, values, grouped = k, v, q.size(1) != k.size(1)
         if memory is not None:
             memory[..., -x.size(1) :, :] = torch.stack((k, v))
-            keys, values = memory.to(q.dtype)
+        keys, values = (k, v) if memory is None else memory.to(q.dtype)
         causal = keys.size(2) == x.size(1)  # a single new position sees all that there is
-        y = F.scaled_dot_product_attention(q, keys, values, is_causal=causal, enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(q, keys, values, is_causal=causal, enable_gqa=True)
         y = (exclude_own_value(y, v) if self.exclusive else y).transpose(1, 2)
         if self.attn_gate is not None:
             y = y * torch.sigmoid(self.attn_gate(x))[..., None]
         return self.proj(y.flatten(2)), first
 
 
-class MLP(nn.Module):
-    """Two matrices around a squared (leaky) relu; the second starts at zero."""
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__()
-        self.slope = {"relu2": 0.0, "leaky2": 0.5}[settings.mlp_activation]
-        self.fc = linear(settings.model_dim, settings.mlp_dim)
-        self.proj = linear(settings.mlp_dim, settings.model_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the MLP branch for x (B, T, D)."""
-        return self.proj(F.leaky_relu(self.fc(x), self.slope).square())
-
-
 class Block(nn.Module):
-    """Attention and MLP on a residual stream that can take in the embedding again (`resid_mix`)."""
+    """Attention and MLP (squared relu) on a residual stream that can take in the embedding again."""
 
     def __init__(self, settings: Settings, layer: int) -> None:
         super().__init__()
-        self.attn = Attention(settings, layer >= settings.num_layers - settings.xsa_last_n)
-        self.mlp = MLP(settings)
-        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(settings.model_dim)) for _ in range(2))
-        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, settings.model_dim))
-        scales = {settings.ln_scale: (layer + 1) ** -0.5}
+        s, D = settings, settings.model_dim
+        self.attn = Attention(s, exclusive=layer >= s.num_layers - s.xsa_last_n)
+        self.mlp = nn.ModuleDict({"fc": linear(D, s.mlp_dim), "proj": linear(s.mlp_dim, D)})
+        self.slope = {"relu2": 0.0, "leaky2": 0.5}[s.mlp_activation]
+        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(D)) for _ in range(2))
+        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, D))
+        scales = {s.ln_scale: (layer + 1) ** -0.5}
         self.norm_scale, self.branch_scale = scales.get("norm", 1.0), scales.get("branch", 1.0)
-        self.dtg_gate = gate(settings.model_dim, 1, 2.0) if settings.dtg_enabled else None
+        self.dtg_gate = gate(D, 1, 2.0) if s.dtg_enabled else None
 
     def forward(self, x: Tensor, x0: Tensor, *carried: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the stream after this block and the first values; x, x0 (embedding) are (B, T, D)."""
         mix = self.resid_mix.to(x.dtype)
         start = mix[0] * x + mix[1] * x0
-        branch, first = self.attn(rms_norm(start, self.norm_scale), *carried)
+        branch, first = self.attn(self.norm_scale * rms_norm(start), *carried)
         x = start + (self.branch_scale * self.attn_scale).to(x.dtype) * branch
-        branch = self.mlp(rms_norm(x, self.norm_scale))
-        x = x + (self.branch_scale * self.mlp_scale).to(x.dtype) * branch
+        inner = F.leaky_relu(self.mlp.fc(self.norm_scale * rms_norm(x)), self.slope).square()
+        x = x + (self.branch_scale * self.mlp_scale).to(x.dtype) * self.mlp.proj(inner)
         if self.dtg_gate is not None:
             x = start + torch.sigmoid(self.dtg_gate(start.detach())) * (x - start)
         return x, first
@@ -899,9 +880,7 @@ class Lookup(nn.Module):
 
 
 def bigram_indices(ids: Tensor, rows: int, form: str) -> Tensor:
-    """Return the row of the bigram table for each token of ids (B, T) and the one before it.
-
-    For the first token "xor" (PRs #890, #779, #834, #864) has a row of its own, "linear" (#810) none."""
+    """Return the row of the bigram table for each token of ids (B, T) and the one before it, if any."""
     previous = F.pad(ids[:, :-1], (1, 0))
     if form == "linear":
         return (92_821 * previous + ids) % rows
@@ -954,14 +933,12 @@ class GPT(nn.Module):
         self.pre_enrich = nn.Sequential(linear(D, E), nn.GELU(), linear(E, D)) if E else None
         initialize(self, s)
         self.gate_head = gate(D, GATES, [2.0] + (GATES - 1) * [0.0]) if s.gate_head else None
-        for length in {s.train_seq_len, s.window}:
-            tables = rotary_tables(length, s.rope_dims or s.head_dim, s.rope_base, s.rope_ntk_length)
-            self.register_buffer(f"rotary_{length}", tables, persistent=False)
+        turning = (s.rope_dims or s.head_dim, s.rope_base, s.rope_ntk_length)
+        tables = rotary_tables(max(s.train_seq_len, s.window), *turning)
+        self.register_buffer("rotary", tables, persistent=False)
 
     def smeared(self, ids: Tensor) -> Tensor:
-        """Return the embeddings (B, T, D) of ids with bigrams and a learned share of the position before.
-
-        The norm comes before the share unless pre-enrichment (#810) follows."""
+        """Return the embeddings (B, T, D) of ids with bigrams and a learned share of the position before."""
         s, x = self.settings, self.tok_emb(ids)
         if self.bigram is not None:
             x = x + self.bigram(bigram_indices(ids, s.bigram_vocab_size, s.bigram_hash))
@@ -979,9 +956,7 @@ class GPT(nn.Module):
         x = self.smeared(ids[:, near:])[:, seen - near :]  # bigrams and smear reach two positions back
         x = x if self.pre_enrich is None else rms_norm(self.pre_enrich(x))
         x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-        size = ids.size(1) if memory is None else memory.size(-2)
-        length = min(n for n in (s.train_seq_len, s.window) if n >= size)
-        rotary, x0, first, skips = self.get_buffer(f"rotary_{length}")[:, seen:], x, None, []
+        rotary, x0, first, skips = self.rotary[:, seen:], x, None, []
         shared = None if self.ve_shared is None else self.ve_shared(ids[:, seen:])
         scales = zip(s.value_layers, self.ve_layer_scales, strict=True)
         values = {index: scale.to(shared.dtype) * shared for index, scale in scales}
@@ -989,7 +964,7 @@ class GPT(nn.Module):
             if index >= self.num_encoder and skips:
                 x = x + self.skip_weights[index - self.num_encoder].to(x.dtype) * skips.pop()
             past = None if memory is None else memory[index, ..., : ids.size(1), :]
-            x, first = block(x, x0, rotary, values.get(index), first, past)
+            x, first = block(x, x0, rotary, values.get(index, 0.0), first, past)
             if index < self.num_encoder:
                 skips.append(x)
         return rms_norm(x if last is None else x[:, x.size(1) - last :])
@@ -997,7 +972,6 @@ class GPT(nn.Module):
     def capped(self, x: Tensor, head: nn.Module | None) -> Tensor:
         """Return float32 logits (B, T, V) of x (B, T, D) under an output layer; None: the embedding."""
         weight, cap = (head or self.tok_emb).weight, self.settings.logit_softcap
-        # Dividing before the product spares a pass over (B, T, V).
         return cap * torch.tanh(F.linear(x / cap, weight).float()) if cap else F.linear(x, weight).float()
 
     def logits(self, ids: Tensor, last: int | None = None, *memory) -> Tensor:
@@ -1030,15 +1004,13 @@ def attention_results(settings: Settings, device: torch.device) -> list[Tensor]:
     torch.manual_seed(0)
     s, heads = settings, (settings.num_heads, settings.num_kv_heads, settings.num_kv_heads)
     inputs = [torch.randn(2, n, 128, s.head_dim, device=device).bfloat16().requires_grad_() for n in heads]
-    output = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=heads[0] != heads[1])
+    output = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
     gradients = torch.autograd.grad(output.float().square().sum(), inputs)
     return [tensor.detach().float() for tensor in (output, *gradients)]
 
 
 def select_attention(settings: Settings, process: Process, log: Log) -> None:
-    """Choose the kernel under scaled_dot_product_attention, say which and why; an explicit one must work.
-
-    A kernel works if it agrees with PyTorch's own, on CUDA only."""
+    """Choose the kernel under attention, log which and why; one works if it agrees with PyTorch's own."""
     asked, reasons = settings.attention, []
     names = {"auto": ("fa3", "fa4"), "sdpa": ()}.get(asked, (asked,))
     for name in names if process.device.type == "cuda" else ():
@@ -1096,16 +1068,13 @@ def momentum_at(step: int, settings: Settings) -> float:
 
 
 def orthogonalize(update: Tensor, steps: int) -> Tensor:
-    """Return matrices (..., R, C) pushed towards orthogonal ones by `steps` Newton-Schulz iterations.
-
-    Muon's quintic leaves singular values near 1, not at it. On the CPU in float32, which is faster there."""
-    a, b, c = 3.4445, -4.7750, 2.0315
+    """Return matrices (..., R, C) whose singular values Newton-Schulz (Muon's quintic) has brought near 1."""
     tall = update.size(-2) > update.size(-1)
     x = (update.mT if tall else update).to(torch.bfloat16 if update.is_cuda else torch.float32)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        x = 3.4445 * x + (2.0315 * (gram @ gram) - 4.7750 * gram) @ x
     return x.mT if tall else x
 
 
@@ -1113,9 +1082,8 @@ class Bank(NamedTuple):
     """Matrices of one shape as one batch, padded with zeros until the number of ranks divides it."""
 
     matrices: list[nn.Parameter]
-    gradient: Tensor  # (padded, R, C); the matrices' .grad are its first slices
+    gradient: Tensor  # (padded, R, C), in a step the update; the matrices' .grad are its first slices
     momentum: Tensor  # (padded / ranks, R, C), this rank's own
-    update: Tensor  # (padded, R, C)
     arriving: list  # handles of sums or updates under way
 
     def arrived(self) -> Bank:
@@ -1134,31 +1102,30 @@ class Muon:
 
     def __init__(self, matrices: list[nn.Parameter], settings: Settings, process: Process) -> None:
         self.settings, self.process, self.banks = settings, process, []
-        dtype = torch.bfloat16 if process.device.type == "cuda" else torch.float32
         groups = [[m for m in matrices if m.shape == s] for s in dict.fromkeys(m.shape for m in matrices)]
         for group in sorted(groups, key=lambda group: -len(group) * group[0].numel()):
-            own, shape = -(-len(group) // process.world_size), group[0].shape
-            gradient, update = torch.zeros(2, own * process.world_size, *shape, device=process.device)
-            self.banks.append(Bank(group, gradient, torch.zeros_like(gradient[:own]), update.to(dtype), []))
+            padded = len(group) + -len(group) % process.world_size
+            gradient = torch.zeros(padded, *group[0].shape, device=process.device)
+            self.banks.append(Bank(group, gradient, torch.zeros_like(process.own(gradient)), []))
             for matrix, view in zip(group, gradient, strict=False):
                 matrix.grad = view
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float) -> None:
-        """Update every matrix from its gradient."""
+        """Update every matrix from its gradient, which the update overwrites."""
         s, decay = self.settings, 1 - lr * self.settings.muon_wd
         for bank in self.banks:
             gradient = self.process.own(bank.arrived().gradient)
             bank.momentum.mul_(momentum).add_(gradient)
             direction = gradient.add(bank.momentum, alpha=momentum)
-            self.process.own(bank.update).copy_(orthogonalize(direction, s.muon_backend_steps))
-            bank.arriving.extend(self.process.start_gather(bank.update))
+            gradient.copy_(orthogonalize(direction, s.muon_backend_steps))
+            bank.arriving.extend(self.process.start_gather(bank.gradient))
         for bank in self.banks:
             rows, columns = bank.matrices[0].shape
-            changes = list(bank.arrived().update[: len(bank.matrices)].float().unbind())
+            updates = [matrix.grad for matrix in bank.arrived().matrices]
             if s.muon_wd and s.muon_wd_order == "before":
                 torch._foreach_mul_(bank.matrices, decay)
-            torch._foreach_add_(bank.matrices, changes, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+            torch._foreach_add_(bank.matrices, updates, alpha=-lr * max(1.0, rows / columns) ** 0.5)
             if s.muon_wd and s.muon_wd_order == "after":
                 torch._foreach_mul_(bank.matrices, decay)
 
@@ -1169,13 +1136,12 @@ class Optimizers:
     def __init__(self, model: GPT, settings: Settings, process: Process) -> None:
         self.settings, self.process, s = settings, process, settings
         embed_lr = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
-        rates = {"embedding": embed_lr, "lookup": embed_lr, "head": s.head_lr}
-        rates |= {"scalar": s.scalar_lr, "projection": s.scalar_lr, "matrix": 0.0}
+        rates = {"embedding": embed_lr, "lookup": embed_lr, "head": s.head_lr, "scalar": s.scalar_lr}
         named = [(parameter_role(name, parameter), parameter) for name, parameter in model.named_parameters()]
-        roles = {role: [parameter for own, parameter in named if own == role] for role in rates}
+        roles = {role: [p for own, p in named if own == role] for role in (*rates, "projection", "matrix")}
         order = ("matrix", "projection", "lookup")
         matrices = [p for role in order[: order.index(s.muon_scope) + 1] for p in roles.pop(role)]
-        groups = [{"params": roles[role], "base_lr": rates[role]} for role in roles if roles[role]]
+        groups = [{"params": roles[r], "base_lr": rates.get(r, s.scalar_lr)} for r in roles if roles[r]]
         others = [p for group in groups for p in group["params"]]
         sizes = [parameter.numel() for parameter in others]
         self.flat = torch.zeros(sum(sizes) + 1, device=process.device)

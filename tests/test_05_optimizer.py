@@ -113,8 +113,9 @@ def test_gather_averages_gradients_and_loss_over_slots(process):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
 
 
-def test_clipping_bounds_the_global_norm(process):
+def test_clipping_bounds_the_global_norm(process, monkeypatch):
     model, optimizers = model_and_optimizers(process, GRAD_CLIP_NORM="0.5")
+    monkeypatch.setattr(optimizers.muon, "step", lambda *_: None)  # its update overwrites the gradient
     for size, expected in ((10.0, 0.5), (0.1, 0.1)):
         for parameter in model.parameters():
             parameter.grad.normal_()

@@ -2235,8 +2235,6 @@ class NeuralSteps:
 class Followers:
     """What followed one context so far: how often each token, and the last one, where, how often again."""
 
-    __slots__ = ("counts", "hits", "last", "place", "total")  # there are many
-
     def __init__(self) -> None:
         self.counts, self.total, self.hits, self.last, self.place = {}, 0, 0, -1, 0
 
@@ -2262,8 +2260,8 @@ class SlowCache:
         self.shapes = [weight.shape for weight in gate.weights]
         self.flat, first, second = (x.double().cpu() for x in (gate.flat, gate.moment1, gate.moment2))
         self.adam = torch.optim.Adam([self.flat.requires_grad_()], settings.cache_lr, (0.9, 0.99))
-        state = {"step": torch.tensor(float(gate.updates)), "exp_avg": first, "exp_avg_sq": second}
-        self.adam.state[self.flat] = state
+        steps = torch.tensor(float(gate.updates))
+        self.adam.state[self.flat] = {"step": steps, "exp_avg": first, "exp_avg_sq": second}
 
     def followers(self, name: str, past: np.ndarray) -> Followers:
         """Return what followed the context of family `name`; the prefix is counted when first asked for."""
@@ -2288,10 +2286,10 @@ class SlowCache:
         now, neighbour, longest, codes = len(past) - 1, -1, -1, []
         for name, entry in known.items():
             seen, last = entry.total, entry.last
-            for number in (seen, len(entry.counts), now - entry.place if seen else 0):
-                codes.append(round(CODE_LOG * math.log1p(number)))
+            numbers = (seen, len(entry.counts), now - entry.place if seen else 0)
+            codes += [round(CODE_LOG * math.log1p(number)) for number in numbers]
             codes += [CODE_ONE * (seen == 1), (CODE_ONE * entry.hits + seen // 2) // max(seen, 1)]
-            codes.append(CODE_ONE * (seen > 0 and last == neighbour))
+            codes += [CODE_ONE * (seen > 0 and last == neighbour)]
             longest, neighbour = last if seen and name.startswith("order") else longest, last
         proposals = [longest, *(entry.last for name, entry in known.items() if name in PROPOSERS)]
         entropy, recent = -float((np.exp(row) * row).sum()), self.recent[-RECENT:]
@@ -2358,9 +2356,8 @@ class Scorer:
 
     def __init__(self, model: GPT, settings: Settings, process: Process, logits=None, table=None) -> None:
         """`logits`: `model.logits`, perhaps compiled, for the fast path; `table`: columns of a Scored."""
-        self.model, self.settings, self.process = model, settings, process
-        self.logits = logits or model.logits
-        self.table, self.past, self.slow, self.neural = table, None, None, None
+        self.model, self.settings, self.process, self.table = model, settings, process, table
+        self.logits, self.past, self.slow, self.neural = logits or model.logits, None, None, None
 
     def score(self, tokens: np.ndarray, table: Tensor | None = None, beside: int = 0) -> Scored:
         """Score all targets of `tokens` (N + 1,) on all ranks; `table`: what the neural model said of them.
@@ -2477,19 +2474,15 @@ def compress_text(data: bytes, scorer: Scorer, tokenizer: Tokenizer, artifact: s
 
 def decompress_text(packed: bytes, scorer: Scorer, tokenizer: Tokenizer, artifact: str) -> bytes:
     """Return what `compress_text` was given; raises ValueError where file and artifact do not go together."""
-    whole = packed.startswith(CODEC_MAGIC) and len(packed) >= CODEC_PREFIX.size + 32
-    require(whole, "it is not a file that CODEC=compress wrote")
+    require(packed.startswith(CODEC_MAGIC), "it is not a file that CODEC=compress wrote")
     require(hashlib.sha256(packed[:-32]).digest() == packed[-32:], "it is truncated or altered")
     _, version, named, count, size, sha256 = CODEC_PREFIX.unpack_from(packed)
     require(version == CODEC_VERSION, f"format version {version}, this script reads version {CODEC_VERSION}")
     require(named.hex() == artifact, f"it was made with artifact {named.hex()}, this one is {artifact}")
-    coded, vocab_size = packed[CODEC_PREFIX.size : -32], scorer.settings.vocab_size
-    # Each token takes its share off the range; the other tokens have one frequency each at least.
-    possible = count <= size and count * (vocab_size - 1) <= 8 * len(coded) << FREQUENCY_BITS
-    require(possible, f"its header claims {count} tokens for {size} bytes, {len(coded)} of them coded")
+    require(count <= size <= MAX_PAYLOAD_BYTES, f"its header claims {count} tokens for {size} bytes")
     tokens = np.full(count + 1, MARKER_ID, dtype=np.uint16)
     with scorer.process.progress(count, "decompress") as targets:
-        decode_targets(scorer.predict, tokens, targets, coded)
+        decode_targets(scorer.predict, tokens, targets, packed[CODEC_PREFIX.size : -32])
     data = tokenizer.decode(tokens[1:].tolist())
     same = len(data) == size and hashlib.sha256(data).digest() == sha256
     require(same, "it decodes to something else, with other settings or on a machine that rounds differently")
@@ -2544,15 +2537,13 @@ def audit_recorded(settings: Settings) -> dict[str, list[float]]:
 
     It holds tokens (N + 1,), prices (N,) in nats and bytes (N,) of all targets, val_bpb (), and, of some
     targets (M,), counted from 0 and ascending, logp (M, V)."""
-    tokenizer, names = (
-        Tokenizer.load(Path(settings.tokenizer_path)),
-        "tokens prices bytes targets logp val_bpb",
-    )
+    tokenizer = Tokenizer.load(Path(settings.tokenizer_path))
+    names = ("tokens", "prices", "bytes", "targets", "logp", "val_bpb")
     try:
         with np.load(settings.audit_target) as file:
-            tokens, prices, size, targets, logp, val_bpb = (file[name] for name in names.split())
-        total = len(tokens) - 1
-        require(prices.shape == size.shape == (total,), f"prices and bytes are not {total} each")
+            tokens, prices, size, targets, logp, val_bpb = map(file.__getitem__, names)
+        each = len(tokens) - 1
+        require(prices.shape == size.shape == (each,), f"prices and bytes are not {each} each")
         require(len(targets) > 0, "it records the distribution of no target")
 
         def predict(past: np.ndarray) -> np.ndarray:
@@ -2560,14 +2551,12 @@ def audit_recorded(settings: Settings) -> dict[str, list[float]]:
 
         found, _ = audit_spans(predict, predict, tokens, prices, [targets])
         rules = [int(tokenizer.target_bytes(tokens, exact).sum()) for exact in (True, False)]
-        found["ledger"] = [
-            abs(bits_per_byte(-prices.astype(np.float64).sum(), size.sum()) - float(val_bpb)),
-            1e-6,
-        ]
+        bpb = bits_per_byte(-prices.sum(dtype=np.float64), size.sum())
+        found["ledger"] = [abs(bpb - float(val_bpb)), 1e-6]
     except (*ARTIFACT_FAULTS, OSError, EOFError, IndexError, zipfile.BadZipFile) as error:
         raise DataError(f"AUDIT_TARGET={settings.audit_target}: {error}; README.md describes it") from error
     found["normalised"][1] = 1e-6  # of rows in float32
-    return found | {"bytes": [float(min(abs(int(size.sum()) - rule) for rule in rules)), 0.0]}
+    return found | {"bytes": [min(abs(int(size.sum()) - rule) for rule in rules), 0]}
 
 
 def load_model(artifact: Artifact, settings: Settings, process: Process) -> GPT:
@@ -2592,8 +2581,8 @@ def audit_data(dataset: Dataset, score: Score, folder: Path) -> dict[str, list[f
         size -= sum(now.startswith(b" ") and not before for before, now in pairs)
     else:
         own, paths = documents(dataset.val_tokens), folder.glob("*_train_*.bin")
-        found["disjoint"] = [float(sum(len(own & documents(open_shard(path))) for path in paths)), 0.0]
-    return found | {"bytes": [float(abs(size - score.bytes)), 0.0]}
+        found["disjoint"] = [sum(len(own & documents(open_shard(path))) for path in paths), 0]
+    return found | {"bytes": [abs(size - score.bytes), 0]}
 
 
 def audit_report(found: dict[str, list[float]], log: Log, started: float, **more: object) -> str:
@@ -2617,11 +2606,6 @@ def audit_report(found: dict[str, list[float]], log: Log, started: float, **more
     return verdict
 
 
-def batches_sha256(batches: Iterable[Tensor]) -> str:
-    """Return the SHA-256 of some batches of tokens."""
-    return hashlib.sha256(b"".join(batch.numpy().tobytes() for batch in batches)).hexdigest()
-
-
 def audit_run(
     scorer: Scorer, scored: Scored, score: Score, path: Path, dataset: Dataset, log: Log, trained: dict
 ) -> str:
@@ -2629,16 +2613,14 @@ def audit_run(
 
     Writes audit.json and receipt.bin beside each other. Two fresh scorers of the file on disk take the parts
     of encoder and decoder; of the run they get the neural prices of targets before the late span alone.
-    `trained`: how many steps, and the hash of the held-out batches that weights were chosen on."""
+    `trained`: how many steps, and the hash of the first held-out batch that weights were chosen on."""
     s, tokens, started = scorer.settings, dataset.val_tokens, time.perf_counter()
     artifact, alone = read_artifact(path), Process(0, 1, scorer.process.device)
-    model, prices = load_model(artifact, s, alone), scored.mixture.logp.cpu().numpy()
-    total = len(tokens) - 1
+    model, prices, total = load_model(artifact, s, alone), scored.mixture.logp.cpu().numpy(), len(tokens) - 1
     begins = [chunk.start for chunk in plan_chunks(total, s.cache_chunk_tokens)]
     border = next((b for b in begins if b >= 2 * total // 3 + LATE_TARGETS // 2), total)
     late = max(border - LATE_TARGETS // 2, min(HEAD_TARGETS, total))
-    spans = [range(min(HEAD_TARGETS, total)), range(late, min(late + LATE_TARGETS, total))]
-    spans = [span for span in spans if span]
+    spans = [range(late)[:HEAD_TARGETS], range(late, total)[:LATE_TARGETS]][: 1 + (late < total)]
     spread = [range(b, b + 1) for b in begins[:: len(begins) // AUDIT_SPREAD + 1] if b < late]
 
     def fresh(logits=None, table=None, **changes: object) -> Scorer:
@@ -2650,17 +2632,14 @@ def audit_run(
     flat = fresh(lambda ids, last: ids.new_zeros((len(ids), last, s.vocab_size)).float(), ngram_cache="none")
     found["gate closed"] = [deviation(closed, neural), 0.0]
     found["uniform"] = [deviation(flat.prices(head), np.full_like(neural, -math.log(s.vocab_size))), 1e-6]
-    found["coverage"] = [float(abs(score.tokens - total)), 0.0]
-    found["ledger"] = [
-        abs(score.val_bpb - bits_per_byte(-prices.astype(np.float64).sum(), score.bytes)),
-        1e-6,
-    ]
+    found["coverage"] = [abs(score.tokens - total), 0]
+    bpb = bits_per_byte(-prices.sum(dtype=np.float64), score.bytes)
+    found["ledger"] = [abs(score.val_bpb - bpb), 1e-6]
     used = {name: weight.cpu().numpy() for name, weight in scorer.model.state_dict().items()}
     found["artifact"] = [max(deviation(used[n], w.numpy()) for n, w in artifact.weights.items()), 0.0]
     if dataset.stream:
-        slots = range(0, s.micro_batch_slots, scorer.process.world_size)
-        held_out = batches_sha256(dataset.stream.batch(trained["steps"], slot) for slot in slots)
-        found["selection"] = [float(trained["held_out_sha256"] != held_out), 0.0]
+        held_out = hashlib.sha256(dataset.stream.batch(trained["steps"], 0).numpy()).hexdigest()
+        found["selection"] = [int(trained["held_out_sha256"] != held_out), 0]
     found |= audit_data(dataset, score, Path(s.data_path))
     write_atomically(log.folder / "receipt.bin", b"".join(coded[: len(spans)]))
     pairs = zip(spans, coded, strict=False)
@@ -2756,7 +2735,7 @@ def choose_weights(averages: Averages, model: GPT, batches: list, process: Proce
     numbers |= {f"held_out_train_loss_{name}": round(loss, 8) for name, loss in losses.items()}
     log.event("average", chosen=chosen, moved=averages.moved(candidates[chosen]), **numbers)
     kept = {name: weight for name, weight in candidates[chosen].items() if not name.startswith("mtp_heads.")}
-    return kept, {"held_out_sha256": batches_sha256(batches)}
+    return kept, {"held_out_sha256": hashlib.sha256(batches[0].numpy()).hexdigest()}
 
 
 def train(dataset: Dataset, settings: Settings, process: Process, log: Log, compiled: bool) -> tuple:

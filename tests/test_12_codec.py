@@ -215,7 +215,7 @@ DAMAGES = {
     "empty": (lambda packed: b"", "it is not a file that CODEC=compress wrote"),
     "foreign": (lambda packed: ENGLISH, "it is not a file that CODEC=compress wrote"),
     "magic": (lambda packed: flipped(packed, 0), "it is not a file that CODEC=compress wrote"),
-    "cut in the header": (lambda packed: packed[:60], "it is not a file that CODEC=compress wrote"),
+    "cut in the header": (lambda packed: packed[:60], "it is truncated or altered"),
     "cut by one byte": (lambda packed: packed[:-1], "it is truncated or altered"),
     "one byte more": (lambda packed: packed + b"\0", "it is truncated or altered"),
     "header": (lambda packed: flipped(packed, 20), "it is truncated or altered"),

@@ -48,7 +48,6 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1543,18 +1542,6 @@ def score_stream(
         yield ScoredChunk(positions, ids[0], priced[0], entropy, torch.cat((priced[1:], rest.t().float())))
 
 
-def score_sample(logits, tokens: np.ndarray, at: np.ndarray, settings: Settings, process: Process) -> Tensor:
-    """Return the rows (Q, V) of the targets `at` (Q,), ascending, as the final score sees them."""
-    plan = plan_windows(len(tokens) - 1, settings.window, settings.eval_stride)
-    plan = plan[np.unique(np.searchsorted(plan[:, 2], at, side="right"))][process.rank :: process.world_size]
-    asked = torch.from_numpy(at).to(process.device)
-    table = torch.zeros((len(at), settings.vocab_size), device=process.device)
-    for positions, rows, _ in score_windows(logits, tokens, plan, settings, process, "sample"):
-        chosen = torch.isin(positions, asked)
-        table.index_copy_(0, torch.searchsorted(asked, positions[chosen]), rows[chosen].float())
-    return process.sum(table)
-
-
 def bits_per_byte(nats: float, size: int) -> float:
     """Return the bits per byte of a text of `size` bytes that costs `nats`."""
     return float(nats) / math.log(2) / int(size)
@@ -1619,18 +1606,16 @@ def begins(values: Tensor) -> Tensor:
     return torch.cat((values.new_ones(min(len(values), 1), dtype=torch.bool), values[1:] != values[:-1]))
 
 
-def line_up(group: Tensor, target: Tensor, cut: int = 0) -> Line:
+def line_up(group: Tensor, target: Tensor) -> Line:
     """Return `target` as a line by `group`; within a group it must be ascending already.
 
-    `cut`: all groups before that place are below all groups behind it; the two parts are sorted side by side.
     On a CPU group and target share a 64-bit word where they fit, numpy's fastest sort; else in two steps."""
     bits = len(target) and int(target.max()).bit_length()
     if group.device.type != "cpu" or (bits and int(group.max()) >= 2 ** (63 - bits)):
         group, order = torch.sort(group, stable=True)
         return target.index_select(0, order), begins(group)
     word = (group << bits | target).numpy()
-    with ThreadPoolExecutor(2) as threads:
-        list(threads.map(np.ndarray.sort, (word[:cut], word[cut:])))
+    word.sort()
     target = torch.from_numpy(word & (2**bits - 1))
     word >>= bits
     return target, begins(torch.from_numpy(word))
@@ -1676,9 +1661,7 @@ def count_lines(tokens: Tensor, top: int, vocab_size: int) -> Iterator[tuple[int
         kept = ~alone & (target < total)
         target, first = target[kept], first[kept]
         context = first.cumsum(0) - 1
-        middle = context[len(context) // 2 :][:1]
-        cut = int(torch.searchsorted(context, middle).sum())  # where the group in the middle starts
-        pairs = line_up(context * vocab_size + tokens.index_select(0, target + 1), target, cut)
+        pairs = line_up(context * vocab_size + tokens.index_select(0, target + 1), target)
         yield order, (target, first), pairs
         target, first = pairs[0] + 1, pairs[1]
 
@@ -1909,10 +1892,9 @@ def hand_over(chunks: list[ScoredChunk], total: int, rows: int, process: Process
 def gain_interval(saved: np.ndarray, target_bytes: np.ndarray, document: np.ndarray) -> list[float]:
     """Return the 95 % bootstrap interval over documents of bits saved per byte; all (N,) per target."""
     bits, size = (np.bincount(document, values) for values in (saved, target_bytes))
-    random, drawn = np.random.default_rng(0), []
-    for _ in range(1_000):
-        picked = random.integers(len(bits), size=len(bits))
-        drawn.append(bits[picked].sum() / max(size[picked].sum(), 1.0))
+    random = np.random.default_rng(0)
+    draws = (random.integers(len(bits), size=len(bits)) for _ in range(1_000))
+    drawn = [bits[picked].sum() / max(size[picked].sum(), 1.0) for picked in draws]
     return np.quantile(drawn, (0.025, 0.975)).tolist()
 
 
@@ -1953,23 +1935,18 @@ class PseudoRule(NamedTuple):
     centers: tuple[float, ...]
     multipliers: tuple[int, ...] = HASH_779  # (): a polynomial instead
     weights: tuple[float, ...] = (0.0,) + (1.0,) * 8
-    least: int = 0  # targets seen before which alpha is 0
-    gap: int = 0  # newest tokens that a context leaves out
-    peeks: bool = False  # a match also needs F > 0, so the order depends on the target
-    gated: bool = False  # a learned gate weighs all orders that match; there is no alpha
-    tau: float = 1.0  # of an adaptive temperature, see `pseudo_logits`
     beside: int = 0  # columns of `pseudo_logits` that it needs: gate logits, temperature or confidence
+    gap: int = 0  # newest tokens that a context leaves out; above 0 a match needs F > 0, too
+    gated: bool = False  # a learned gate weighs all orders that match; there is no alpha
 
 
 PSEUDO_RULES = {
-    "pr864": PseudoRule(9, 65_536, 2**22, 2, 0.05, 0.60, 0.95, 1e-10, CENTERS_864, HASH_864, WEIGHTS_864),
-    "pr890": PseudoRule(9, 32, 2**22, 2, 0.05, 0.60, 1.0, 1e-30, CENTERS_890, HASH_890, gap=1, peeks=True),
+    "pr864": PseudoRule(9, 65_536, 2**22, 2, 0.05, 0.6, 0.95, 1e-10, CENTERS_864, HASH_864, WEIGHTS_864),
+    "pr890": PseudoRule(9, 32, 2**22, 2, 0.05, 0.6, 1.0, 1e-30, CENTERS_890, HASH_890, gap=1),
     # Without a match the ratio is 1 / V, for all rules; here alone it has weight.
-    "pr779": PseudoRule(
-        7, 2**20, 2**22, 2, 0.05, 0.6, 1.0, 1e-12, (4.0,) * 7, HASH_779, (1.0,) * 7, 100, tau=0.98, beside=3
-    ),
+    "pr779": PseudoRule(7, 2**20, 2**22, 2, 0.05, 0.6, 1.0, 1e-12, (4.0,) * 7, HASH_779, (1.0,) * 7, 3),
     # No code of it survives: clip, smallest count, table size and floor are guesses.
-    "pr810": PseudoRule(11, 2**14, 2**22, 2, 0.20, 0.75, 0.95, 1e-20, CENTERS_810, (), WEIGHTS_810, beside=1),
+    "pr810": PseudoRule(11, 2**14, 2**22, 2, 0.2, 0.75, 0.95, 1e-20, CENTERS_810, (), WEIGHTS_810, beside=1),
     "pr834": PseudoRule(7, 2**20, 2**20, 2, 0.0, 0.0, 0.0, 1e-12, (0.0,) * 7, gated=True, beside=GATES),
 }
 
@@ -1979,10 +1956,10 @@ def pseudo_rule(name: str, settings: Settings, gated: bool = False) -> PseudoRul
     names = [name for name, rule in PSEUDO_RULES.items() if gated or not rule.gated]
     if name not in names:
         raise SettingError(f"PSEUDO={name} is no rule without gate logits; choose one of {', '.join(names)}")
-    own = (settings.ngram_max_order, settings.ngram_chunk_tokens, settings.ngram_buckets)
-    own += (settings.ngram_min_count, settings.ngram_alpha_min, settings.ngram_alpha_max)
-    pairs = zip(PseudoRule._fields, (*own, settings.ngram_alpha_clip), strict=False)
-    rule = PSEUDO_RULES[name]._replace(**{field: value for field, value in pairs if value})
+    rule, s = PSEUDO_RULES[name], settings
+    own = (s.ngram_max_order, s.ngram_chunk_tokens, s.ngram_buckets, s.ngram_min_count)
+    own += (s.ngram_alpha_min, s.ngram_alpha_max, s.ngram_alpha_clip)
+    rule = PseudoRule(*(value or usual for value, usual in zip(own, rule, strict=False)), *rule[len(own) :])
     if not (top := len(rule.centers)) >= rule.max_order >= 2:
         raise SettingError(f"NGRAM_MAX_ORDER={rule.max_order}: choose one of {name}'s orders, 2 to {top}")
     return rule
@@ -1992,22 +1969,21 @@ def pseudo_logits(model: GPT):
     """Return GPT.logits with columns for what rule PSEUDO needs of the same pass: (B, last, V + rule.beside).
 
     #834: the logits of its gate. #810: how far pre-enrichment moves the smeared embedding, its L2 norm. #779:
-    T = clamp(1 - (1 - tau)(1 - H / ln V), 0.9, 1.05) of the entropy H; log sum of p^(1 / T); entropy at T."""
-    rule = PSEUDO_RULES[model.settings.pseudo]
+    T = 1 - 0.02 (1 - H / ln V), H being the entropy; log sum of p^(1 / T); entropy at temperature T."""
+    name = model.settings.pseudo
 
     def logits(ids: Tensor, last: int | None = None) -> Tensor:
         x = model.hidden(ids, last)
-        logits, beside = model.capped(x, model.lm_head), torch.zeros_like(x[..., : rule.beside])
-        if rule.gated:
+        logits, beside = model.capped(x, model.lm_head), torch.zeros_like(x[..., : PSEUDO_RULES[name].beside])
+        if name == "pr834":
             beside = model.gate_head(x)
-        elif rule.tau < 1:
+        elif name == "pr779":
             rows = logits.log_softmax(dim=-1)
-            share = -(rows.exp() * rows).sum(dim=-1, keepdim=True) / math.log(rows.size(-1))
-            heat = (1 - (1 - rule.tau) * (1 - share)).clamp(0.9, 1.05)
+            heat = 0.98 - 0.02 / math.log(rows.size(-1)) * (rows.exp() * rows).sum(dim=-1, keepdim=True)
             whole = (rows / heat).logsumexp(dim=-1, keepdim=True)
             rows = rows / heat - whole
             beside = torch.cat((heat, whole, -(rows.exp() * rows).sum(dim=-1, keepdim=True)), dim=-1)
-        elif rule.beside and model.pre_enrich is not None:
+        elif name == "pr810" and model.pre_enrich is not None:
             smeared = model.smeared(ids)[:, -x.size(1) :]
             beside = (model.pre_enrich(smeared) - smeared).float().norm(dim=-1, keepdim=True)
         return torch.cat((logits, beside.float()), dim=-1)
@@ -2069,18 +2045,17 @@ def pseudo_counts(keys: Tensor, seen: Tensor, asked: Tensor, buckets: int) -> Te
     return counts
 
 
-def pseudo_mixture(name: str, tokens, entropy, settings: Settings, beside, at, whole=False, each=False):
-    """Return weight (Q, 1 or K) and share (Q, K) of the targets `at`, ascending: price = weight * p + share.
+def pseudo_mixture(name: str, tokens, entropy, settings: Settings, beside, at, whole=False):
+    """Return weight (Q, 1) and share (Q, K) of the targets `at`, ascending: price = weight * p + share.
 
     Column 0 is the realised target; if `whole`, the tokens 0 ... V - 1 follow. C counts contexts, F contexts
     with a target, as the tables stand when it is priced; a ratio is min(F, C) / C. A gate weighs the ratios
-    of all orders whose C suffices; for the other rules the highest such order counts, by alpha. Where F > 0
-    matters as well, the realised target's decides for all columns, or `each` for itself."""
+    of all orders whose C suffices; for the other rules the highest such order counts, by alpha."""
     rule, V = pseudo_rule(name, settings, beside is not None), settings.vocab_size
     # An array is copied, for PyTorch warns of memory-mapped ones.
     ids = tokens.int() if torch.is_tensor(tokens) else torch.from_numpy(tokens.astype(np.int32))
-    keys, column = pseudo_keys(rule, ids), torch.arange(len(ids) - 1, device=ids.device)[at]
-    seen = column // rule.chunk_tokens * rule.chunk_tokens
+    keys, chunk = pseudo_keys(rule, ids), torch.arange(len(ids) - 1, device=ids.device) // rule.chunk_tokens
+    seen = chunk[at] * rule.chunk_tokens
     asked, asked_pairs = (part[:, at, None] for part in keys)
     if whole:
         every = torch.arange(V, dtype=torch.int32, device=ids.device)[None]
@@ -2092,22 +2067,22 @@ def pseudo_mixture(name: str, tokens, entropy, settings: Settings, beside, at, w
         ratios = torch.minimum(pairs, contexts).double() / contexts.clamp(min=1)
         weights = pseudo_weights(torch.as_tensor(beside, **like)[at], matched[:, :, 0].t()).t()[:, :, None]
         return weights[0], (weights[1:] * ratios).sum(dim=0)
-    if rule.peeks:
-        matched = matched & ((pairs if each else pairs[:, :, :1]) > 0)
+    if rule.gap:
+        matched &= pairs[:, :, :1] > 0  # peeks at the target
     steps = torch.arange(1, rule.max_order, dtype=torch.int8, device=ids.device)[:, None, None]
-    level = (matched * steps).amax(dim=0).long()  # (Q, 1 or K): 0 is no match, 1 is order 2
-    row = (level - 1).clamp(min=0)[None].expand(-1, -1, pairs.shape[2])
-    context, pair = (counts.expand_as(pairs).gather(0, row)[0] for counts in (contexts, pairs))
+    level = (matched * steps).amax(dim=0).long()  # (Q, 1): 0 is no match, 1 is order 2
+    row = (level - 1).clamp(min=0)[None]
+    context, pair = (counts.gather(0, row.expand_as(counts[:1]))[0] for counts in (contexts, pairs))
     ratio = torch.where(level > 0, torch.minimum(pair, context).double() / context, 1 / V)
     centers, weights = (torch.tensor(curve, **like) for curve in (rule.centers, rule.weights))
     curve = torch.sigmoid(2 * (torch.as_tensor(entropy, **like)[at, None] - centers[level]))
     alpha = weights[level] * (rule.alpha_min + (rule.alpha_max - rule.alpha_min) * curve)
-    if beside is not None and rule.beside == 1:
-        moved, size = torch.as_tensor(beside, **like)[:, 0], rule.chunk_tokens
+    if beside is not None and name == "pr810":
+        moved = torch.as_tensor(beside, **like)[:, 0]
         # The chunk's maximum looks ahead, as the reference's of a batch does. 0 / 0 is no pre-enrichment.
-        most = F.pad(moved, (0, -len(moved) % size)).view(-1, size).amax(dim=1)[column // size]
+        most = torch.zeros_like(moved).scatter_reduce(0, chunk, moved, "amax")[chunk[at]]
         alpha = alpha * (0.5 + (moved[at] / most).nan_to_num(0.5))[:, None]
-    alpha = alpha.clamp(max=rule.alpha_clip) * (seen >= rule.least)[:, None]
+    alpha = alpha.clamp(max=rule.alpha_clip) * (seen > 0)[:, None]  # the first chunk is neural alone
     return 1 - alpha, alpha * ratio
 
 
@@ -2122,41 +2097,35 @@ def pseudo_stream(rule: str, tokens, logp, entropy, settings: Settings, beside=N
     return (weight * neural + share)[:, 0].clamp(min=PSEUDO_RULES[rule].floor).log()
 
 
-def pseudo_totals(rule: str, tokens, entropy, settings: Settings, at, rows=None, beside=None) -> Tensor:
+def pseudo_totals(rule: str, tokens, entropy, settings: Settings, at, beside=None) -> Tensor:
     """Return what the pseudo-probabilities of the whole vocabulary sum to, (Q,) float64, before the floor.
 
-    `at` (Q,), ascending, are targets counted from 0. Their neural log-probabilities `rows` (Q, V) matter to
-    pr890 alone, where each candidate has an order of its own; without them the realised target's serves."""
-    size, totals, each = max(1, PSEUDO_BLOCK // settings.vocab_size), [], rows is not None
-    for part in (slice(first, first + size) for first in range(0, max(len(at), 1), size)):
-        weight, share = pseudo_mixture(rule, tokens, entropy, settings, beside, at[part], True, each)
-        # Where the weight is one for all candidates, any neural distribution gives the same sum.
-        neural = torch.as_tensor(rows[part]).to(share).exp() if each else 1 / settings.vocab_size
-        totals.append((weight.expand_as(share)[:, 1:] * neural + share[:, 1:]).sum(dim=1))
+    `at` (Q,), ascending, are targets counted from 0. #890's order, which depends on the target, is the
+    realised target's for the whole vocabulary."""
+    totals = []
+    for part in np.array_split(at, 1 + len(at) * settings.vocab_size // PSEUDO_BLOCK):
+        weight, share = pseudo_mixture(rule, tokens, entropy, settings, beside, part, True)
+        totals.append(weight[:, 0] + share[:, 1:].sum(dim=1))
     return torch.cat(totals)
 
 
 def pseudo_mass(rule: str, tokens, entropy, settings: Settings, every: int, beside=None) -> float:
-    """Return the mean of `pseudo_totals` over the targets every, 2 * every, ..., the first target being 1."""
+    """Return the mean of `pseudo_totals` over the targets every, 2 * every, ..., the first being 1."""
     at = np.arange(every, len(tokens), every) - 1
-    return float(pseudo_totals(rule, tokens, entropy, settings, at, beside=beside).mean())
+    return float(pseudo_totals(rule, tokens, entropy, settings, at, beside).mean())
 
 
-def pseudo_targets(total: int, settings: Settings) -> np.ndarray:
-    """Return PSEUDO_SAMPLE of `total` targets, evenly spread, or all if there are fewer; counted from 0."""
-    count = min(total, settings.pseudo_sample)
-    return np.arange(count) * total // max(count, 1)
-
-
-def pseudo_report(tokens, logp, entropy, target_bytes, settings: Settings, rows=None, beside=None):
+def pseudo_report(tokens, logp, entropy, target_bytes, settings: Settings, beside=None):
     """Return what rule PSEUDO makes of a recorded stream, as a line and as numbers; see `pseudo_stream`.
 
-    Mass, and bits per byte after division by each target's sum, are of `pseudo_targets`, as `rows` are."""
-    rule, at = settings.pseudo, pseudo_targets(len(target_bytes), settings)
-    if beside is not None and PSEUDO_RULES[rule].tau < 1:
+    Mass, and bits per byte after division by each target's sum, are of PSEUDO_SAMPLE of the targets."""
+    rule, total = settings.pseudo, len(target_bytes)
+    count = min(total, settings.pseudo_sample)
+    at = np.arange(count) * total // count
+    if beside is not None and rule == "pr779":
         logp, entropy = logp / beside[:, 0] - beside[:, 1], beside[:, 2]
     nats = -pseudo_stream(rule, tokens, logp, entropy, settings, beside)
-    totals = pseudo_totals(rule, tokens, entropy, settings, at, rows, beside)
+    totals = pseudo_totals(rule, tokens, entropy, settings, at, beside)
     bpb, mass = bits_per_byte(nats.sum(), target_bytes.sum()), float(totals.mean())
     proper = bits_per_byte((nats[at] + totals.log()).sum(), target_bytes[at].sum())
     why = f"probabilities sum to {mass:.4g} on average; after renormalisation {proper:.4f} bpb"
@@ -2172,8 +2141,8 @@ class PseudoOracle:
 
     def __init__(self, settings: Settings, process: Process) -> None:
         self.rule, self.process = pseudo_rule(settings.pseudo, settings, gated=True), process
-        shape = (2 * (self.rule.max_order - 1), self.rule.buckets + 1)  # of contexts, then of pairs
-        self.tables = torch.zeros(shape, dtype=torch.int64, device=process.device)
+        tables = 2 * self.rule.max_order - 2  # of contexts, then of pairs
+        self.tables = torch.zeros(tables, self.rule.buckets + 1, dtype=torch.int64, device=process.device)
 
     def count(self, stream: TokenStream) -> None:
         """Count all tokens of `stream`; raises on every rank the DataError or OSError that one meets."""
@@ -2813,8 +2782,6 @@ def evaluate(artifact, dataset, settings, process, log, compiled, path, trained)
     priced = (chunk._replace(logp=scored.mixture.logp[chunk.positions]) for chunk in scored.chunks)
     score = account(priced, dataset.target_bytes, process)
     clock.stop()  # what follows describes the score, or is none
-    at = pseudo_targets(score.tokens, settings)
-    rows = score_sample(scorer.logits, tokens, at, settings, process) if rule and rule.peeks else None
     numbers = score._asdict() | {"eval_seconds": clock.total_ms / 1000}
     with process.together():
         if not process.is_main:
@@ -2824,7 +2791,7 @@ def evaluate(artifact, dataset, settings, process, log, compiled, path, trained)
         log.event("score", window=settings.window, stride=settings.eval_stride, **score._asdict())
         if rule:
             beside, neural = scored.table[-rule.beside :].t() if rule.beside else None, scored.table[:2]
-            line, figures = pseudo_report(tokens, *neural, dataset.target_bytes, settings, rows, beside)
+            line, figures = pseudo_report(tokens, *neural, dataset.target_bytes, settings, beside)
             log.event("pseudo", line, **figures)
         if dataset.manifest and score.bytes <= 8_000_000:  # above, xz would take minutes
             text = dataset.tokenizer.decode(tokens.tolist())

@@ -394,8 +394,8 @@ def moved_by_enrichment(w, s, ids):
 class PseudoTwin:
     """A hashed evaluator with a dictionary per table, one target at a time: `prices`, `totals`."""
 
-    def __init__(self, rule, tokens, logp, entropy, vocab, rows=None, chunk=None, buckets=None, moved=None):
-        self.rule, self.tokens, self.vocab, self.rows = rule, [int(token) for token in tokens], vocab, rows
+    def __init__(self, rule, tokens, logp, entropy, vocab, chunk=None, buckets=None, moved=None):
+        self.rule, self.tokens, self.vocab = rule, [int(token) for token in tokens], vocab
         self.top, own_chunk, self.floor, self.center, self.factor, self.low, self.high = PSEUDO_FACTS[rule]
         self.buckets, chunk = buckets or 4194304, chunk or own_chunk
         self.context = {n: {} for n in self.center}
@@ -443,7 +443,7 @@ class PseudoTwin:
     def alpha(self, n, entropy):
         if n == 0 and self.rule != "pr779":
             return 0.0
-        if self.rule == "pr779" and self.stored < 100:
+        if self.rule == "pr779" and self.stored == 0:
             return 0.0
         share = 1 / (1 + math.exp(-2 * (entropy - self.center.get(n, 4.0))))
         factor = self.factor.get(n, 2.0) if self.factor else 1.0
@@ -460,14 +460,7 @@ class PseudoTwin:
         alpha = self.alpha(n, entropy)
         mixed = (1 - alpha) * math.exp(logp) + alpha * self.ratio(n, count, t, self.tokens[t])
         self.prices.append(math.log(max(mixed, self.floor)))
-        if self.rows is None:
-            total = 1 - alpha + alpha * sum(self.ratio(n, count, t, v) for v in range(self.vocab))
-        else:
-            total = 0.0
-            for v in range(self.vocab):
-                n, count = self.match(t, v)
-                alpha = self.alpha(n, entropy)
-                total += (1 - alpha) * math.exp(self.rows[t - 1][v]) + alpha * self.ratio(n, count, t, v)
+        total = 1 - alpha + alpha * sum(self.ratio(n, count, t, v) for v in range(self.vocab))
         self.totals.append(total)
 
 

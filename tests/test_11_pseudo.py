@@ -27,7 +27,6 @@ from train_gpt import (
     pseudo_report,
     pseudo_rule,
     pseudo_stream,
-    pseudo_targets,
     pseudo_totals,
 )
 
@@ -35,7 +34,7 @@ RECORDED = [name for name, rule in PSEUDO_RULES.items() if not rule.gated]
 
 
 def recorded(targets, vocab, seed=0):
-    """A stream that repeats itself, and made-up neural rows: tokens, logp, entropy, rows."""
+    """A stream that repeats itself, and a made-up neural score: tokens, logp, entropy."""
     generator = np.random.default_rng(seed)
     tokens = generator.integers(0, vocab, targets + 1).astype(np.uint16)
     for _ in range(targets // 40):
@@ -43,7 +42,7 @@ def recorded(targets, vocab, seed=0):
         tokens[there : there + length] = tokens[here : here + len(tokens[there : there + length])]
     rows = torch.from_numpy(3 * generator.standard_normal((targets, vocab))).log_softmax(dim=1).numpy()
     logp = rows[np.arange(targets), tokens[1:]].astype(np.float32)
-    return tokens, logp, -(np.exp(rows) * rows).sum(axis=1).astype(np.float32), rows
+    return tokens, logp, -(np.exp(rows) * rows).sum(axis=1).astype(np.float32)
 
 
 def rule_settings(vocab, buckets=0, chunk=0, **more):
@@ -54,18 +53,14 @@ def rule_settings(vocab, buckets=0, chunk=0, **more):
 @pytest.mark.parametrize("buckets", [1, 2, 64, 2**22])
 @pytest.mark.parametrize(("targets", "vocab"), [(0, 5), (1, 5), (2, 5), (17, 3), (211, 5), (307, 40)])
 def test_rules_are_the_dictionaries(rule, buckets, targets, vocab):
-    """Prices, sums at the realised target's order, and sums with every candidate at its own."""
-    tokens, logp, entropy, rows = recorded(targets, vocab)
+    """Prices, and sums over the vocabulary at the realised target's order."""
+    tokens, logp, entropy = recorded(targets, vocab)
     settings, every = rule_settings(vocab, buckets, chunk=7), np.arange(targets)
-    twin = reference.PseudoTwin(rule, tokens, logp, entropy, vocab, None, 7, buckets)
+    twin = reference.PseudoTwin(rule, tokens, logp, entropy, vocab, 7, buckets)
     assert pseudo_stream(rule, tokens, logp, entropy, settings).numpy() == pytest.approx(
         twin.prices, rel=1e-12
     )
     assert pseudo_totals(rule, tokens, entropy, settings, every).numpy() == pytest.approx(
-        twin.totals, rel=1e-12
-    )
-    twin = reference.PseudoTwin(rule, tokens, logp, entropy, vocab, rows, 7, buckets)
-    assert pseudo_totals(rule, tokens, entropy, settings, every, rows).numpy() == pytest.approx(
         twin.totals, rel=1e-12
     )
 
@@ -74,8 +69,8 @@ def test_rules_are_the_dictionaries(rule, buckets, targets, vocab):
 @pytest.mark.parametrize("chunk", [1, 1000, 0])
 def test_any_chunk_is_the_dictionaries(rule, chunk):
     """Chunks of one target, of many, and the rule's own."""
-    tokens, logp, entropy, _ = recorded(1009, 8, seed=1)
-    twin = reference.PseudoTwin(rule, tokens, logp, entropy, 8, None, chunk, 256)
+    tokens, logp, entropy = recorded(1009, 8, seed=1)
+    twin = reference.PseudoTwin(rule, tokens, logp, entropy, 8, chunk, 256)
     settings = rule_settings(8, 256, chunk)
     assert pseudo_stream(rule, tokens, logp, entropy, settings).numpy() == pytest.approx(
         twin.prices, rel=1e-12
@@ -86,28 +81,28 @@ def test_any_chunk_is_the_dictionaries(rule, chunk):
 
 def test_long_chunks_are_the_bincounts():
     """Chunks long enough for one table at a time."""
-    tokens, logp, entropy, _ = recorded(50_021, 300, seed=2)
+    tokens, logp, entropy = recorded(50_021, 300, seed=2)
     prices = reference.pseudo_bincount(tokens, logp, entropy, 2**16, 8192)
     settings = rule_settings(300, 2**16, 8192)
     assert pseudo_stream("pr864", tokens, logp, entropy, settings).numpy() == pytest.approx(prices, rel=1e-12)
 
 
 def test_blocks_and_samples_change_no_sum(monkeypatch):
-    tokens, _, entropy, rows = recorded(500, 30)
+    tokens, _, entropy = recorded(500, 30)
     settings, at = rule_settings(30, 1024, 50), np.arange(500)
     for rule in RECORDED:
-        whole = pseudo_totals(rule, tokens, entropy, settings, at, rows)
-        some = pseudo_totals(rule, tokens, entropy, settings, at[3::7], rows[3::7])
+        whole = pseudo_totals(rule, tokens, entropy, settings, at)
+        some = pseudo_totals(rule, tokens, entropy, settings, at[3::7])
         assert some.numpy() == pytest.approx(whole[3::7].numpy(), rel=1e-13)
         monkeypatch.setattr(train_gpt, "PSEUDO_BLOCK", 4000)
-        blocks = pseudo_totals(rule, tokens, entropy, settings, at, rows)
+        blocks = pseudo_totals(rule, tokens, entropy, settings, at)
         assert blocks.numpy() == pytest.approx(whole.numpy(), rel=1e-13)
         monkeypatch.undo()
 
 
 @pytest.mark.parametrize("rule", RECORDED)
 def test_later_tokens_change_no_earlier_price(rule):
-    tokens, logp, entropy, _ = recorded(400, 6)
+    tokens, logp, entropy = recorded(400, 6)
     settings = rule_settings(6, 2**12, 16)
     before = pseudo_stream(rule, tokens, logp, entropy, settings)
     for t in (1, 33, 250, 400):
@@ -117,25 +112,17 @@ def test_later_tokens_change_no_earlier_price(rule):
         assert after[: t - 1].tolist() == before[: t - 1].tolist()
 
 
-@pytest.mark.parametrize("rule", ["pr864", "pr779", "pr810"])
+@pytest.mark.parametrize("rule", RECORDED)
 def test_without_collisions_the_mass_is_one(rule):
     """30 different n-grams in 4,194,304 buckets: F sums to C, which is what makes exact counts valid."""
-    tokens, _, entropy, _ = recorded(300, 3)
+    tokens, _, entropy = recorded(300, 3)
     settings = rule_settings(3, 0, 16, ngram_max_order=3)
     totals = pseudo_totals(rule, tokens, entropy, settings, np.arange(300))
     assert totals.numpy() == pytest.approx(np.ones(300), rel=1e-12)
 
 
-def test_pr890_has_mass_even_without_collisions():
-    """A target that was never seen falls back to a lower order: the candidates' orders do not sum to one."""
-    tokens, _, entropy, rows = recorded(300, 3)
-    settings = rule_settings(3, 0, 16, ngram_max_order=3)
-    totals = pseudo_totals("pr890", tokens, entropy, settings, np.arange(300), rows)
-    assert abs(totals - 1).max() > 0.01
-
-
 def test_one_bucket_drives_the_score_to_zero_and_the_mass_to_the_vocabulary():
-    tokens, logp, entropy, _ = recorded(20_000, 256, seed=3)
+    tokens, logp, entropy = recorded(20_000, 256, seed=3)
     logp, entropy = np.full_like(logp, -math.log(256)), np.full_like(entropy, math.log(256))
     settings = rule_settings(256, 1, 1024)
     prices = pseudo_stream("pr864", tokens, logp, entropy, settings)[1024:]
@@ -163,7 +150,7 @@ def test_pr810s_step_lets_old_tokens_fade():
     ],
 )
 def test_what_cannot_be_done_is_refused(rule, changes, words):
-    tokens, logp, entropy, _ = recorded(20, 5)
+    tokens, logp, entropy = recorded(20, 5)
     with pytest.raises(SettingError) as caught:
         pseudo_stream(rule, tokens, logp, entropy, Settings(**changes))
     assert all(word in str(caught.value) for word in words), caught.value
@@ -177,17 +164,16 @@ def test_rules_are_those_of_the_setting_and_complete():
         highest = pseudo_rule(name, Settings(ngram_max_order=len(rule.centers)))
         assert len(highest.weights) >= len(highest.centers)
         assert not highest.multipliers or len(highest.multipliers) >= highest.max_order
-        tokens, logp, entropy, _ = recorded(60, 4)
+        tokens, logp, entropy = recorded(60, 4)
         pseudo_stream(name, tokens, logp, entropy, rule_settings(4, 64, 8, ngram_max_order=highest.max_order))
 
 
 def test_report_shows_the_mass_and_is_no_code_length():
-    tokens, logp, entropy, rows = recorded(500, 20)
+    tokens, logp, entropy = recorded(500, 20)
     settings = rule_settings(20, 16, 50, pseudo="pr890", pseudo_sample=100)
-    at, sizes = pseudo_targets(500, settings), np.arange(500) % 3
-    assert at.tolist() == list(range(0, 500, 5))
-    line, numbers = pseudo_report(tokens, logp, entropy, sizes, settings, rows[at])
-    twin = reference.PseudoTwin("pr890", tokens, logp, entropy, 20, rows, 50, 16)
+    at, sizes = np.arange(0, 500, 5), np.arange(500) % 3
+    line, numbers = pseudo_report(tokens, logp, entropy, sizes, settings)
+    twin = reference.PseudoTwin("pr890", tokens, logp, entropy, 20, 50, 16)
     prices, totals = np.array(twin.prices), np.array(twin.totals)[at]
     assert numbers["pseudo_bpb"] == pytest.approx(-prices.sum() / math.log(2) / sizes.sum())
     assert numbers["mass"] == pytest.approx(totals.mean())
@@ -200,9 +186,14 @@ def test_report_shows_the_mass_and_is_no_code_length():
     assert "val_bpb" not in line + repr(numbers)
 
 
-def test_sample_is_spread_evenly_and_never_repeats():
-    for total, count in ((0, 5), (1, 5), (5, 5), (7, 5), (1_040_297, 20_000)):
-        at = pseudo_targets(total, Settings(pseudo_sample=count))
+def test_sample_is_spread_evenly_and_never_repeats(monkeypatch):
+    asked = []
+    monkeypatch.setattr(train_gpt, "pseudo_totals", lambda *parts: asked.append(parts[4]) or torch.ones(1))
+    for total, count in ((1, 5), (5, 5), (7, 5), (10_297, 2_000)):
+        tokens, logp, entropy = recorded(total, 3)
+        settings = rule_settings(3, 16, 0, pseudo="pr864", pseudo_sample=count)
+        pseudo_report(tokens, logp, entropy, np.ones(total, int), settings)
+        at = asked.pop()
         assert len(at) == min(total, count)
         assert len(at) < 2 or (np.diff(at).min() >= 1 and np.ptp(np.diff(at)) <= 1)
 
@@ -213,7 +204,7 @@ def test_sample_is_spread_evenly_and_never_repeats():
 )
 def test_the_gate_weighs_all_orders_as_the_loops_do(buckets, targets, vocab, top):
     """Prices and sums of #834's evaluation; the first chunk is neural alone."""
-    tokens, logp, entropy, _ = recorded(targets, vocab, seed=4)
+    tokens, logp, entropy = recorded(targets, vocab, seed=4)
     gate = 2 * np.random.default_rng(5).standard_normal((targets, 7)).astype(np.float32)
     settings = rule_settings(vocab, buckets, chunk=50, ngram_max_order=top)
     prices, totals = reference.gated_prices(tokens, logp, gate, vocab, 50, buckets, top or 7)
@@ -229,7 +220,7 @@ def test_the_gate_weighs_all_orders_as_the_loops_do(buckets, targets, vocab, top
 
 
 def test_tensors_and_arrays_give_the_same():
-    tokens, logp, entropy, _ = recorded(300, 9)
+    tokens, logp, entropy = recorded(300, 9)
     gate, settings = np.zeros((300, 7), np.float32), rule_settings(9, 256, 20, pseudo="pr834", gate_head=True)
     tensors = [
         torch.from_numpy(part.astype(np.int64 if part is tokens else part.dtype)) for part in (tokens, logp)
@@ -259,20 +250,17 @@ def run_model(rule, **more):
 
 
 def scored(settings, model, tokens, ranks=1, lost=()):
-    """Return what `ranks` ranks but those `lost` hand over: logp, entropy (N,), the rest (N, K), sample."""
-    rule, parts, samples = PSEUDO_RULES[settings.pseudo], [], []
-    at, logits = pseudo_targets(len(tokens) - 1, settings), pseudo_logits(model)
+    """Return what `ranks` ranks but those `lost` hand over: logp, entropy (N,), the rest (N, K)."""
+    rule, parts, logits = PSEUDO_RULES[settings.pseudo], [], pseudo_logits(model)
     for rank in set(range(ranks)) - set(lost):
         share = train_gpt.Process(rank, ranks, torch.device("cpu"))
         alone = types.SimpleNamespace(
             rank=rank, world_size=ranks, device=share.device, sum=lambda table: table
         )
-        alone.progress, alone.precision = share.progress, share.precision
         stream = list(train_gpt.score_stream(logits, tokens, settings, 5, share, "test"))
         parts.append(train_gpt.hand_over(stream, len(tokens) - 1, rule.beside, alone))
-        samples.append(train_gpt.score_sample(logits, tokens, at, settings, alone))
     logp, entropy, *beside = sum(parts)
-    return logp, entropy, torch.stack(beside, dim=1) if beside else None, sum(samples) if rule.peeks else None
+    return logp, entropy, torch.stack(beside, dim=1) if beside else None
 
 
 @pytest.mark.parametrize("rule", PSEUDO_RULES)
@@ -282,8 +270,8 @@ def test_one_and_eight_ranks_give_the_same(rule):
     tokens = recorded(333, 40, seed=7)[0]
     sizes, found = np.ones(333, np.int64), []
     for ranks, lost in ((1, ()), (8, ()), (8, (5,))):
-        logp, entropy, beside, rows = scored(settings, model, tokens, ranks, lost)
-        numbers = pseudo_report(tokens, logp, entropy, sizes, settings, rows, beside)[1]
+        logp, entropy, beside = scored(settings, model, tokens, ranks, lost)
+        numbers = pseudo_report(tokens, logp, entropy, sizes, settings, beside)[1]
         found.append([numbers[name] for name in ("pseudo_bpb", "mass", "renormalized_bpb")])
     assert found[1] == pytest.approx(found[0], rel=1e-6)
     assert found[2] != pytest.approx(found[0], rel=1e-3)  # sabotage: one rank's share is lost on the way
@@ -294,7 +282,7 @@ def test_pr779s_temperature_is_the_loops(monkeypatch, cheat):
     """Prices and sums at the adaptive temperature of each row; the saboteur leaves the entropy unscaled."""
     settings, model = run_model("pr779", TIED_EMBED_INIT_STD="0.5")
     tokens = recorded(200, 40, seed=8)[0]
-    logp, entropy, beside, _ = scored(settings, model, tokens)
+    logp, entropy, beside = scored(settings, model, tokens)
     plan, expected = reference.windows(200, 16, 5), np.zeros((2, 200))
     for start, first, stop in plan:
         rows = model.logits(torch.tensor(tokens[start:stop].astype(np.int64))[None])[0].detach().double()
@@ -305,11 +293,11 @@ def test_pr779s_temperature_is_the_loops(monkeypatch, cheat):
     if cheat:
         beside = torch.cat((beside[:, :2], entropy[:, None]), dim=1)
     numbers = pseudo_report(tokens, logp, entropy, np.ones(200, np.int64), settings, beside=beside)[1]
-    twin = reference.PseudoTwin("pr779", tokens, *expected, 40, None, 30, 64)
+    twin = reference.PseudoTwin("pr779", tokens, *expected, 40, 30, 64)
     want = [-np.mean(twin.prices) / math.log(2), np.mean(twin.totals)]
     got = [numbers["pseudo_bpb"], numbers["mass"]]
     assert (got == pytest.approx(want, rel=1e-5)) is not cheat
-    plain = reference.PseudoTwin("pr779", tokens, logp.numpy(), entropy.numpy(), 40, None, 30, 64)
+    plain = reference.PseudoTwin("pr779", tokens, logp.numpy(), entropy.numpy(), 40, 30, 64)
     recorded_prices = pseudo_stream("pr779", tokens, logp, entropy, settings)
     assert recorded_prices.numpy() == pytest.approx(plain.prices, rel=1e-12)  # recorded: no temperature
 
@@ -320,14 +308,14 @@ def test_pr810s_confidence_is_the_loops(cheat):
     more = {"SMEAR_GATE": "twentieth", "BIGRAM_VOCAB_SIZE": "30", "BIGRAM_HASH": "linear"}
     settings, model = run_model("pr810", PRE_ENRICH_DIM="24", **more)
     tokens = recorded(200, 40, seed=9)[0]
-    logp, entropy, beside, _ = scored(settings, model, tokens)
+    logp, entropy, beside = scored(settings, model, tokens)
     weights = {name: weight.detach().double().numpy() for name, weight in model.named_parameters()}
     moved = np.zeros(200)
     for start, first, stop in reference.windows(200, 16, 5):
         found = reference.moved_by_enrichment(weights, settings, tokens[start:stop].astype(np.int64))
         moved[first:stop] = found[first - start :]
     assert beside[:, 0].numpy() == pytest.approx(moved, rel=1e-4)
-    twin = reference.PseudoTwin("pr810", tokens, logp, entropy, 40, None, 30, 64, moved)
+    twin = reference.PseudoTwin("pr810", tokens, logp, entropy, 40, 30, 64, moved)
     if cheat == "whole stream":  # every chunk has the stream's maximum at its first target
         beside = beside.clone()
         beside[::30] = beside.max()
@@ -404,14 +392,14 @@ def test_oracle_says_on_every_rank_which_token_is_bad(tmp_path, process, monkeyp
 @pytest.mark.gpu
 @pytest.mark.parametrize("rule", RECORDED)
 def test_gpu_counts_what_the_cpu_counts(rule):
-    tokens, logp, entropy, rows = recorded(5000, 50)
+    tokens, logp, entropy = recorded(5000, 50)
     settings, at = rule_settings(50, 2**12, 300), np.arange(0, 5000, 7)
     here = pseudo_stream(rule, tokens, logp, entropy, settings)
     stream = torch.as_tensor(tokens, dtype=torch.int32, device="cuda")
     there = pseudo_stream(rule, stream, logp, entropy, settings)
     torch.testing.assert_close(there.cpu(), here, rtol=1e-12, atol=0)
-    here = pseudo_totals(rule, tokens, entropy, settings, at, rows[at])
-    there = pseudo_totals(rule, stream, entropy, settings, at, rows[at])
+    here = pseudo_totals(rule, tokens, entropy, settings, at)
+    there = pseudo_totals(rule, stream, entropy, settings, at)
     torch.testing.assert_close(there.cpu(), here, rtol=1e-12, atol=0)
 
 

@@ -316,8 +316,8 @@ class Settings:
             if not (value in choices if choices else low is None or low <= value <= high):
                 raise SettingError(f"{field.name.upper()}={value!r} is not allowed ({doc}): choose {rule}")
         s, head, slots = self, self.head_dim, self.micro_batch_slots
-        row, val_row = slots * s.train_seq_len, slots * s.window
         trains, missing = s.codec == "none" and not s.eval_only, "" in (s.artifact, s.input, s.output)
+        row, val_row = slots * s.train_seq_len if trains else 1, slots * s.window
         qat = re.fullmatch(r"off|step0|(scale|time):(0\.\d+|1)", s.qat_start)
         no_ema = not s.ema_decay and (s.average == "mean" or s.swa_source == "ema")
         no_qat = s.qat_start == "off" and (s.soft_round_qat or s.crown_q_lambda)
@@ -327,12 +327,7 @@ class Settings:
             ("MODEL_DIM", s.model_dim % (2 * s.num_heads), "an even multiple of NUM_HEADS", s.num_heads),
             ("NUM_HEADS", s.num_heads % s.num_kv_heads, "a multiple of NUM_KV_HEADS", s.num_kv_heads),
             ("MODEL_DIM", head > 512, "at most 512 times NUM_HEADS", s.num_heads),
-            (
-                "TRAIN_BATCH_TOKENS",
-                trains and s.train_batch_tokens % row,
-                "a multiple of slots * sequence",
-                row,
-            ),
+            ("TRAIN_BATCH_TOKENS", s.train_batch_tokens % row, "a multiple of slots times sequence", row),
             ("VAL_BATCH_SIZE", s.val_batch_size < val_row, "at least MICRO_BATCH_SLOTS windows", val_row),
             ("NGRAM_BUCKETS", s.ngram_buckets.bit_count() > 1, "a power of two or 0", "the rule's"),
             ("GATE_HEAD", s.gate_head != gated, "on with PSEUDO=pr834 and only then", s.pseudo),

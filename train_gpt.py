@@ -616,10 +616,9 @@ class TokenStream:
         """Return `count` tokens from position `start` on, int32; the first shard follows the last."""
         start %= self.total
         index = int(np.searchsorted(self.ends, start, side="right"))
-        piece = self.shards[index][start - int(self.ends[index]) :][:count].astype(np.int32)
-        check_token_ids(piece, self.settings.vocab_size, self.paths[index])
-        rest = count - len(piece)
-        return np.concatenate((piece, self.read(start + len(piece), rest))) if rest else piece
+        ids = self.shards[index][start - int(self.ends[index]) :][:count].astype(np.int32)
+        check_token_ids(ids, self.settings.vocab_size, self.paths[index])
+        return ids if len(ids) == count else np.append(ids, self.read(start + len(ids), count - len(ids)))
 
     def batch(self, step: int, slot: int) -> Tensor:
         """Return micro-batch `slot` of `step`: (B, T + 1) int32, inputs and targets overlapping by T."""
@@ -728,8 +727,7 @@ def read_manifest(path: Path, hashes: dict[str, str], val_bytes: int) -> dict:
 
 
 def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Dataset:
-    """Open everything under DATA_PATH and check it; `carried` is the tokenizer that came with an artifact.
-    Raises DataError where files are missing, damaged or not those of the manifest, and SettingError."""
+    """Open and check all of DATA_PATH; `carried`: an artifact's tokenizer. Raises DataError, SettingError."""
     folder, path = Path(settings.data_path), Path(settings.data_path, "manifest.json")
     paths, tokenizer = find_shards(folder, "val"), carried or Tokenizer.load(Path(settings.tokenizer_path))
     if (size := len(tokenizer.pieces)) != settings.vocab_size:
@@ -1415,10 +1413,9 @@ def unpack_artifact(data: bytes) -> Artifact:
     """Return the content of an artifact file that is right in everything; raises one of ARTIFACT_FAULTS."""
     require(data.startswith(ARTIFACT_MAGIC), "it does not start with an artifact's magic bytes")
     require(hashlib.sha256(data[:-32]).digest() == data[-32:], "its SHA-256 does not match: cut or altered")
-    _, version, header_size = PREFIX.unpack_from(data)
+    _, version, length = PREFIX.unpack_from(data)
     require(version == ARTIFACT_VERSION, f"format version {version}, this script reads {ARTIFACT_VERSION}")
-    end = PREFIX.size + header_size
-    header = json.loads(data[PREFIX.size : end])
+    header = json.loads(data[PREFIX.size : PREFIX.size + length])
     values, tensors, parts = dict(header["settings"]), header["tensors"], []
     held, kinds = ({k: type(v) for k, v in of.items()} for of in (values, Settings().stored_values()))
     require(held == kinds, "its header does not hold the settings that this script stores")
@@ -1435,7 +1432,7 @@ def unpack_artifact(data: bytes) -> Artifact:
     sizes = [dtype.itemsize * sum(lengths) for dtype, lengths in counts.items()]
     possible = type(embedded) is int and 0 <= embedded <= sum(sizes) + embedded <= MAX_PAYLOAD_BYTES
     require(possible, f"its header needs {sum(sizes)} and {embedded!r} bytes, which no artifact has")
-    payload, columns, weights = expand_frame(data[end:-32], sum(sizes) + embedded), {}, {}
+    payload, columns, weights = expand_frame(data[PREFIX.size + length : -32], sum(sizes) + embedded), {}, {}
     *planes, source = struct.unpack("{}s{}s{}s{}s".format(*sizes, embedded), payload)
     for (dtype, lengths), plane in zip(counts.items(), planes, strict=True):
         columns[dtype.name] = iter(torch.from_numpy(from_byte_planes(plane, dtype)).split(lengths))

@@ -556,8 +556,7 @@ def open_shard(path: Path) -> np.ndarray:
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         rule = f"{SHARD_MAGIC} or shard version {version} is not {SHARD_VERSION}"
         raise DataError(f"{path}: magic number {magic} is not {rule}; make the shard anew")
-    size, expected = path.stat().st_size, SHARD_HEADER_BYTES + 2 * tokens
-    if size != expected:
+    if (size := path.stat().st_size) != (expected := SHARD_HEADER_BYTES + 2 * tokens):
         raise DataError(f"{path}: {size} bytes are not the {expected} of its {tokens} tokens; get it anew")
     return np.memmap(path, "<u2", "r")[SHARD_HEADER_BYTES // 2 :]
 
@@ -596,10 +595,9 @@ class TokenStream:
         """Return `count` tokens from position `start` on, int32; the first shard follows the last."""
         start %= self.total
         index = int(np.searchsorted(self.ends, start, side="right"))
-        piece = self.shards[index][start - int(self.ends[index]) :][:count].astype(np.int32)
-        check_token_ids(piece, self.settings.vocab_size, self.paths[index])
-        rest = count - len(piece)
-        return np.concatenate((piece, self.read(start + len(piece), rest))) if rest else piece
+        ids = self.shards[index][start - int(self.ends[index]) :][:count].astype(np.int32)
+        check_token_ids(ids, self.settings.vocab_size, self.paths[index])
+        return ids if len(ids) == count else np.append(ids, self.read(start + len(ids), count - len(ids)))
 
     def batch(self, step: int, slot: int) -> Tensor:
         """Return micro-batch `slot` of `step`: (B, T + 1) int32, inputs and targets overlapping by T."""
@@ -701,18 +699,14 @@ def read_manifest(path: Path, hashes: dict[str, str], val_bytes: int) -> dict:
         if (stated, val["bytes"]) != (hashes, val_bytes):
             fault = f"another tokenizer or other shards: {val['bytes']} raw val bytes, {val_bytes} in tokens"
             raise DataError(f"{path} states {fault}; set TOKENIZER_PATH to it or make the shards anew")
-        hashes["train_sha256"], _ = (
-            manifest["splits"]["train"]["sha256"],
-            manifest["tokenizer"]["trained_here"],
-        )
+        hashes["train_sha256"] = manifest["splits"]["train"]["sha256"]
         return manifest
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a manifest of data/text.py ({error!r}); make it anew") from error
 
 
 def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Dataset:
-    """Open everything under DATA_PATH and check it; `carried` is the tokenizer that came with an artifact.
-    Raises DataError where files are missing, damaged or not those of the manifest, and SettingError."""
+    """Open and check all of DATA_PATH; `carried`: an artifact's tokenizer. Raises DataError, SettingError."""
     folder, path = Path(settings.data_path), Path(settings.data_path, "manifest.json")
     paths, tokenizer = find_shards(folder, "val"), carried or Tokenizer.load(Path(settings.tokenizer_path))
     if (size := len(tokenizer.pieces)) != settings.vocab_size:
@@ -1241,11 +1235,10 @@ def quantize_rows(weight: Tensor, bits: int, search=False, floor=False) -> tuple
     clips = [torch.lerp(top[:, int(x)], top[:, min(int(x) + 1, top.size(1) - 1)], x % 1) for x in places]
     # (percentiles, R); 2^-24 is the least positive float16.
     scales = (torch.stack(clips) / limit).clamp(min=1 / limit if floor else 2.0**-24).to(torch.float16)
-    scale = scales[0]
     if search:
         errors = torch.stack([(restore_rows(integers(s), s) - weight).square().sum(dim=1) for s in scales])
-        scale = scales.gather(0, errors.argmin(dim=0, keepdim=True))[0]
-    return integers(scale).to(torch.int8), scale
+        scales = scales.gather(0, errors.argmin(dim=0, keepdim=True))
+    return integers(scales[0]).to(torch.int8), scales[0]
 
 
 def prune(weight: Tensor, share: float) -> Tensor:
@@ -1257,10 +1250,9 @@ def prune(weight: Tensor, share: float) -> Tensor:
 def tensor_kind(name: str, tensor: Tensor, settings: Settings) -> str:
     """Return how a parameter is stored: matrices and tables quantized, gains and mixes in float32."""
     role, s = parameter_role(name, tensor), settings
-    if role == "scalar":
-        return "float32"
     bits = {"lookup": s.lookup_bits, "embedding": s.embed_bits, "head": s.embed_bits}.get(role, s.matrix_bits)
-    return "float16" if bits == 16 or tensor.numel() <= s.fp16_max_numel else f"int{bits}"
+    table = "float16" if bits == 16 or tensor.numel() <= s.fp16_max_numel else f"int{bits}"
+    return "float32" if role == "scalar" else table
 
 
 class QuantizationAware(nn.Module):
@@ -1386,16 +1378,13 @@ def pack_artifact(weights: dict[str, Tensor], settings: Settings, tokenizer: Tok
 def expand_frame(frame: bytes, size: int) -> bytes:
     """Return the `size` bytes of a zstd frame or xz stream; raises ValueError where it holds others."""
     if frame.startswith(XZ_MAGIC):
-        stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**28)
-        data = stream.decompress(frame, max_length=size + 1)
-        complete = stream.eof and not stream.unused_data
+        data = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**28).decompress(frame, max_length=size + 1)
     else:
         # Read in pieces: memory grows with what is really there, not with what the frame claims.
-        data, complete = bytearray(), True
-        reader = zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(frame)
+        data, reader = bytearray(), zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(frame)
         while len(data) <= size and (piece := reader.read(2**20)):
             data += piece
-    require(complete and len(data) == size, f"its frame does not hold the {size} bytes that its header needs")
+    require(len(data) == size, f"its frame does not hold the {size} bytes that its header needs")
     return bytes(data)
 
 
@@ -1403,23 +1392,17 @@ def unpack_artifact(data: bytes) -> Artifact:
     """Return the content of an artifact file that is right in everything; raises one of ARTIFACT_FAULTS."""
     require(data.startswith(ARTIFACT_MAGIC), "it does not start with an artifact's magic bytes")
     require(hashlib.sha256(data[:-32]).digest() == data[-32:], "its SHA-256 does not match: cut or altered")
-    _, version, header_size = PREFIX.unpack_from(data)
+    _, version, length = PREFIX.unpack_from(data)
     require(version == ARTIFACT_VERSION, f"format version {version}, this script reads {ARTIFACT_VERSION}")
-    end = PREFIX.size + header_size
-    require(end <= len(data) - 32, f"a header of {header_size} bytes does not fit")
-    header, kinds = (
-        json.loads(data[PREFIX.size : end]),
-        {k: type(v) for k, v in Settings().stored_values().items()},
-    )
-    values, tensors = dict(header["settings"]), header["tensors"]
-    same = {name: type(value) for name, value in values.items()} == kinds
-    require(same, "its header does not hold the settings that this script stores")
+    header = json.loads(data[PREFIX.size : PREFIX.size + length])
+    values, tensors, parts = dict(header["settings"]), header["tensors"], []
+    held, kinds = ({k: type(v) for k, v in of.items()} for of in (values, Settings().stored_values()))
+    require(held == kinds, "its header does not hold the settings that this script stores")
     settings = Settings(**values, eval_only="artifact", val_batch_size=2**30)  # batches that break no rule
     with torch.device("meta"):  # shapes without memory
         shapes = [[name, list(parameter.shape)] for name, parameter in GPT(settings).named_parameters()]
     require([entry[:2] for entry in tensors] == shapes, "its tensors are not those of its settings' model")
     named, embedded = header["tokenizer"]["sha256"], header["tokenizer"]["bytes"]
-    parts = []
     for name, shape, kind in tensors:
         known = kind in STORED and (kind not in BITS or len(shape) == 2)
         require(known, f"tensor {name} is stored as {kind!r}, which this script does not know")
@@ -1428,7 +1411,7 @@ def unpack_artifact(data: bytes) -> Artifact:
     sizes = [dtype.itemsize * sum(lengths) for dtype, lengths in counts.items()]
     possible = type(embedded) is int and 0 <= embedded <= sum(sizes) + embedded <= MAX_PAYLOAD_BYTES
     require(possible, f"its header needs {sum(sizes)} and {embedded!r} bytes, which no artifact has")
-    payload, columns, weights = expand_frame(data[end:-32], sum(sizes) + embedded), {}, {}
+    payload, columns, weights = expand_frame(data[PREFIX.size + length : -32], sum(sizes) + embedded), {}, {}
     *planes, source = struct.unpack("{}s{}s{}s{}s".format(*sizes, embedded), payload)
     for (dtype, lengths), plane in zip(counts.items(), planes, strict=True):
         columns[dtype.name] = iter(torch.from_numpy(from_byte_planes(plane, dtype)).split(lengths))

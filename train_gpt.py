@@ -755,8 +755,7 @@ def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Datase
 # ============================================================================================================
 
 GATES = 7  # logits of #834's gate: the neural price, then orders 2 ... 7
-ROLES = {"tok_emb": "embedding", "lm_head": "head", "bigram.embed": "lookup", "ve_shared.embed": "lookup"}
-ROLES |= {"bigram.proj": "projection", "ve_shared.proj": "projection"}
+ROLES = {"tok_emb": "embedding", "lm_head": "head", "embed": "lookup", "proj": "projection"}
 linear = functools.partial(nn.Linear, bias=False)  # matrices have no bias, gates have
 
 
@@ -887,7 +886,7 @@ def parameter_role(name: str, parameter: Tensor) -> str:
     """Return "embedding", "head", "lookup" (another table), "projection" (of one), "matrix" or "scalar"."""
     if parameter.ndim != 2 or not name.endswith(".weight") or "gate" in name:
         return "scalar"
-    return ROLES.get(name.removesuffix(".weight"), "matrix")
+    return ROLES.get(name.removeprefix("bigram.").removeprefix("ve_shared.")[: -len(".weight")], "matrix")
 
 
 class GPT(nn.Module):
@@ -992,8 +991,7 @@ def attention_results(settings: Settings, device: torch.device) -> list[Tensor]:
     s, heads = settings, (settings.num_heads, settings.num_kv_heads, settings.num_kv_heads)
     inputs = [torch.randn(2, n, 128, s.head_dim, device=device).bfloat16().requires_grad_() for n in heads]
     output = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
-    gradients = torch.autograd.grad(output.float().square().sum(), inputs)
-    return [tensor.detach().float() for tensor in (output, *gradients)]
+    return [x.detach().float() for x in (output, *torch.autograd.grad(output.float().square().sum(), inputs))]
 
 
 def select_attention(settings: Settings, process: Process, log: Log) -> None:

@@ -728,15 +728,13 @@ def load_dataset(settings: Settings, carried: Tokenizer | None = None) -> Datase
 # ============================================================================================================
 
 GATES = 7  # logits of #834's gate: the neural price, then orders 2 ... 7
-NORM_EPSILON = 1.19e-7  # of float32, written out: the default of F.rms_norm varies with version and dtype
-ROLES = {"tok_emb": "embedding", "lm_head": "head", "bigram.embed": "lookup", "ve_shared.embed": "lookup"}
-ROLES |= {"bigram.proj": "projection", "ve_shared.proj": "projection"}
+ROLES = {"tok_emb": "embedding", "lm_head": "head", "embed": "lookup", "proj": "projection"}
 linear = functools.partial(nn.Linear, bias=False)  # matrices have no bias, gates have
 
 
 def rms_norm(x: Tensor) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) over the last axis, without a learned gain."""
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPSILON).to(x.dtype)
+    return F.rms_norm(x, (x.size(-1),), eps=1.19e-7).to(x.dtype)  # the default varies with version and dtype
 
 
 def rotary_tables(length: int, dims: int, base: float, ntk_length: int = 0) -> Tensor:
@@ -752,12 +750,6 @@ def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
     cos, sin = rotary[:, : x.size(-2)].to(x.dtype)
     first, second, still = x.tensor_split((cos.size(-1), 2 * cos.size(-1)), dim=-1)
     return torch.cat((first * cos + second * sin, second * cos - first * sin, still), dim=-1)
-
-
-def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """Return y (B, H, T, D) less its part along the own value v (B, K, T, D): exclusive self attention."""
-    unit, grouped = F.normalize(v, dim=-1, eps=1e-12)[:, :, None], y.unflatten(1, (v.size(1), -1))
-    return (grouped - (grouped * unit).sum(dim=-1, keepdim=True) * unit).flatten(1, 2)
 
 
 def gate(inputs: int, outputs: int, bias: float | list[float]) -> nn.Linear:
@@ -800,13 +792,15 @@ class Attention(nn.Module):
         k = apply_rotary(rms_norm(k), rotary)  # (B, K, T, D / H)
         if memory is not None:
             memory[..., -x.size(1) :, :] = torch.stack((k, v))
-        keys, values = (k, v) if memory is None else memory.to(q.dtype)
-        causal = keys.size(2) == x.size(1)  # a single new position sees all that there is
-        y = F.scaled_dot_product_attention(q, keys, values, is_causal=causal, enable_gqa=True)
-        y = (exclude_own_value(y, v) if self.exclusive else y).transpose(1, 2)
+        k, values = (k, v) if memory is None else memory.to(q.dtype)
+        # A single new position sees all that there is.
+        y = F.scaled_dot_product_attention(q, k, values, is_causal=k.size(2) == x.size(1), enable_gqa=True)
+        if self.exclusive:  # exclusive self attention: less the part of y along the own value
+            unit, grouped = F.normalize(v, dim=-1, eps=1e-12)[:, :, None], y.unflatten(1, (v.size(1), -1))
+            y = (grouped - (grouped * unit).sum(dim=-1, keepdim=True) * unit).flatten(1, 2)
         if self.attn_gate is not None:
-            y = y * torch.sigmoid(self.attn_gate(x))[..., None]
-        return self.proj(y.flatten(2)), first
+            y = y * torch.sigmoid(self.attn_gate(x)).mT[..., None]
+        return self.proj(y.transpose(1, 2).flatten(2)), first
 
 
 class Block(nn.Module):
@@ -865,22 +859,7 @@ def parameter_role(name: str, parameter: Tensor) -> str:
     """Return "embedding", "head", "lookup" (another table), "projection" (of one), "matrix" or "scalar"."""
     if parameter.ndim != 2 or not name.endswith(".weight") or "gate" in name:
         return "scalar"
-    return ROLES.get(name.removesuffix(".weight"), "matrix")
-
-
-def initialize(model: nn.Module, settings: Settings) -> None:
-    """Give the matrices their initial values: zero where they write to the residual stream or to logits."""
-    if settings.embed_init == "overtone":
-        u, spectrum, v = torch.linalg.svd(model.tok_emb.weight.data, full_matrices=False)
-        spectrum = spectrum[0] * torch.arange(1, len(spectrum) + 1) ** -0.5
-        model.tok_emb.weight.data.copy_(u * spectrum @ v)
-    for name, parameter in model.named_parameters():
-        role = parameter_role(name, parameter)
-        if name.endswith((".attn.proj.weight", ".mlp.proj.weight")) or name.startswith(("lm_head", "mtp_")):
-            nn.init.zeros_(parameter)
-        elif role in ("matrix", "projection") and settings.matrix_init != "uniform":
-            scaled = role == "projection" and settings.matrix_init == "scaled"
-            nn.init.orthogonal_(parameter, (2 * settings.num_layers) ** -0.5 if scaled else 1.0)
+    return ROLES.get(name.removeprefix("bigram.").removeprefix("ve_shared.")[: -len(".weight")], "matrix")
 
 
 class GPT(nn.Module):
@@ -904,11 +883,19 @@ class GPT(nn.Module):
         share = {"off": None, "half": 0.0, "twentieth": -3.0}[s.smear_gate]
         self.smear_gate = None if share is None else nn.Parameter(torch.full((D,), share))
         self.pre_enrich = nn.Sequential(linear(D, E), nn.GELU(), linear(E, D)) if E else None
-        initialize(self, s)
+        if s.embed_init == "overtone":
+            u, spectrum, v = torch.linalg.svd(self.tok_emb.weight.data, full_matrices=False)
+            self.tok_emb.weight.data.copy_(u * (spectrum[0] * torch.arange(1, len(spectrum) + 1) ** -0.5) @ v)
+        for name, parameter in self.named_parameters():  # zero: what writes to the stream or to logits
+            role = parameter_role(name, parameter)
+            if re.search(r"(attn|mlp)\.proj\.weight$|^lm_head|^mtp_", name):
+                nn.init.zeros_(parameter)
+            elif role in ("matrix", "projection") and s.matrix_init != "uniform":
+                scaled = role == "projection" and s.matrix_init == "scaled"
+                nn.init.orthogonal_(parameter, (2 * s.num_layers) ** -0.5 if scaled else 1.0)
         self.gate_head = gate(D, GATES, [2.0] + (GATES - 1) * [0.0]) if s.gate_head else None
-        turning = (s.rope_dims or s.head_dim, s.rope_base, s.rope_ntk_length)
-        tables = rotary_tables(max(s.train_seq_len, s.window), *turning)
-        self.register_buffer("rotary", tables, persistent=False)
+        length, dims = max(s.train_seq_len, s.window), s.rope_dims or s.head_dim
+        self.rotary = nn.Buffer(rotary_tables(length, dims, s.rope_base, s.rope_ntk_length), persistent=False)
 
     def smeared(self, ids: Tensor) -> Tensor:
         """Return the embeddings (B, T, D) of ids with bigrams and a learned share of the position before."""
@@ -931,13 +918,12 @@ class GPT(nn.Module):
         x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
         rotary, x0, first, skips = self.rotary[:, seen:], x, None, []
         shared = None if self.ve_shared is None else self.ve_shared(ids[:, seen:])
-        scales = zip(s.value_layers, self.ve_layer_scales, strict=True)
-        values = {index: scale.to(shared.dtype) * shared for index, scale in scales}
+        extra = {i: w.to(x.dtype) * shared for i, w in zip(s.value_layers, self.ve_layer_scales, strict=True)}
         for index, block in enumerate(self.blocks):
             if index >= self.num_encoder and skips:
                 x = x + self.skip_weights[index - self.num_encoder].to(x.dtype) * skips.pop()
             past = None if memory is None else memory[index, ..., : ids.size(1), :]
-            x, first = block(x, x0, rotary, values.get(index, 0.0), first, past)
+            x, first = block(x, x0, rotary, extra.get(index, 0.0), first, past)
             if index < self.num_encoder:
                 skips.append(x)
         return rms_norm(x if last is None else x[:, x.size(1) - last :])
@@ -978,8 +964,7 @@ def attention_results(settings: Settings, device: torch.device) -> list[Tensor]:
     s, heads = settings, (settings.num_heads, settings.num_kv_heads, settings.num_kv_heads)
     inputs = [torch.randn(2, n, 128, s.head_dim, device=device).bfloat16().requires_grad_() for n in heads]
     output = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
-    gradients = torch.autograd.grad(output.float().square().sum(), inputs)
-    return [tensor.detach().float() for tensor in (output, *gradients)]
+    return [x.detach().float() for x in (output, *torch.autograd.grad(output.float().square().sum(), inputs))]
 
 
 def select_attention(settings: Settings, process: Process, log: Log) -> None:
@@ -1090,15 +1075,13 @@ class Muon:
         for bank in self.banks:
             gradient = self.process.own(bank.arrived().gradient)
             bank.momentum.mul_(momentum).add_(gradient)
-            direction = gradient.add(bank.momentum, alpha=momentum)
-            gradient.copy_(orthogonalize(direction, s.muon_backend_steps))
+            gradient.copy_(orthogonalize(gradient.add(bank.momentum, alpha=momentum), s.muon_backend_steps))
             bank.arriving.extend(self.process.start_gather(bank.gradient))
         for bank in self.banks:
-            rows, columns = bank.matrices[0].shape
-            updates = [matrix.grad for matrix in bank.arrived().matrices]
+            rate = lr * max(1.0, bank.gradient.size(1) / bank.gradient.size(2)) ** 0.5
             if s.muon_wd and s.muon_wd_order == "before":
                 torch._foreach_mul_(bank.matrices, decay)
-            torch._foreach_add_(bank.matrices, updates, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+            torch._foreach_add_(bank.arrived().matrices, [m.grad for m in bank.matrices], alpha=-rate)
             if s.muon_wd and s.muon_wd_order == "after":
                 torch._foreach_mul_(bank.matrices, decay)
 
@@ -1135,17 +1118,15 @@ class Optimizers:
             self.flat[-1] += loss.detach()
         for bank in self.muon.banks:
             bank.arriving.extend(self.process.start_sum(bank.gradient, self.settings.parallel_muon))
-        self.process.sum(self.flat)
-        return self.flat[-1].clone()
+        return self.process.sum(self.flat)[-1].clone()
 
     def step(self, scale: float, momentum: float) -> None:
         """Clip, then update every parameter; `scale` multiplies every learning rate."""
-        if self.settings.grad_clip_norm:
+        if limit := self.settings.grad_clip_norm:
             own = [self.process.own(bank.arrived().gradient) for bank in self.muon.banks]
             square = self.process.sum(sum(gradient.square().sum() for gradient in own))
             norm = (square + self.flat[:-1].square().sum()).sqrt()
-            factor = (self.settings.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([*own, self.flat[:-1]], factor)
+            torch._foreach_mul_([*own, self.flat[:-1]], (limit / (norm + 1e-6)).clamp(max=1.0))
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * scale
         self.adam.step()
@@ -1174,14 +1155,14 @@ class Averages:
     @torch.no_grad()
     def update(self, step: int, scale: float) -> None:
         """Take in the weights as they are after `step` steps, the last at learning-rate scale `scale`."""
-        s, live = self.settings, [parameter.float() for parameter in self.live.values()]
-        if self.ema:
-            torch._foreach_lerp_(list(self.ema.values()), live, 1 - s.ema_decay)
+        s, live, ema = self.settings, [p.float() for p in self.live.values()], list(self.ema.values())
+        if ema:
+            torch._foreach_lerp_(ema, live, 1 - s.ema_decay)
             self.updates += 1
         if s.average != "ema" and scale < s.swa_start_scale and step % s.swa_every == 0:
-            source = list(self.ema.values()) if s.swa_source == "ema" else live
             self.swa = self.swa or {name: torch.zeros_like(p).float() for name, p in self.live.items()}
             self.snapshots += 1
+            source = ema if s.swa_source == "ema" else live
             torch._foreach_lerp_(list(self.swa.values()), source, 1 / self.snapshots)
 
     def candidates(self) -> dict[str, dict[str, Tensor]]:

@@ -97,13 +97,15 @@ def test_difference_is_paired_by_seed():
 
 
 def test_ablation_is_complete():
-    """Every variant of the script is there with every seed, as the script describes it; all settings work."""
+    """Every part is there with every seed, as the script describes it; of combinations whole ones alone."""
     results = stored(ablation)
     assert results["base"] == " ".join(ablation.BASE.split())
-    assert {name: entry["changes"] for name, entry in results["variants"].items()} == ablation.variants()
-    for entry in results["variants"].values():
+    assert results["variants"].keys() >= {"base", *ablation.PARTS}
+    for name, entry in results["variants"].items():
+        assert entry["changes"] == ablation.variants()[name]
         assert entry["losses"].keys() == entry["raw"].keys() >= set(map(str, ablation.SEEDS))
-        train_gpt.Settings.from_env(reduced.variables_of(f"{ablation.BASE} {entry['changes']}"))
+    for changes in ablation.variants().values():
+        train_gpt.Settings.from_env(reduced.variables_of(f"{ablation.BASE} {changes}"))
     assert len(ablation.SEEDS) >= 3
 
 

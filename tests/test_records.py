@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from text import shard_header
 
 import train_gpt
 
@@ -31,7 +32,7 @@ def folder(tmp_path, monkeypatch):
     """A folder like the sample data: random bytes as a shard, the tokenizer of pure bytes."""
     count = 16 * (reduced.HELD_OUT + 1_720)
     tokens = np.random.default_rng(0).integers(4, 260, count).astype("<u2")
-    (tmp_path / "mix_train_000000.bin").write_bytes(train_gpt.shard_header(count) + tokens.tobytes())
+    (tmp_path / "mix_train_000000.bin").write_bytes(shard_header(count) + tokens.tobytes())
     (tmp_path / "fineweb_1024_bpe.model").write_text('{"config": {"byte_offset": 4}}')
     monkeypatch.setenv("SAMPLE_DATA", str(tmp_path))
     monkeypatch.setattr(reduced, "SEED_SHIFT", 600)
@@ -47,7 +48,7 @@ def test_held_out_tokens_are_never_trained_on(folder, monkeypatch):
     path = folder / "mix_train_000000.bin"
     tokens = np.fromfile(path, "<u2", offset=1024) % 100 + 4
     tokens.reshape(16, -1)[:, -reduced.HELD_OUT :] += 100
-    path.write_bytes(train_gpt.shard_header(len(tokens)) + tokens.astype("<u2").tobytes())
+    path.write_bytes(shard_header(len(tokens)) + tokens.astype("<u2").tobytes())
     for seed in (1, 2, 3):
         dataset = reduced.open_data(folder, tiny(seed))
         assert max(int(dataset.stream.batch(step, 0).max()) for step in range(5)) < 104

@@ -42,6 +42,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import struct
 import sys
@@ -427,10 +428,6 @@ class Process:
             dist.all_gather_object(values, value)
         return values
 
-    def agree(self, elapsed_ms: float) -> float:
-        """Return rank 0's `elapsed_ms` on every rank."""
-        return self.sum(torch.tensor(elapsed_ms * self.is_main, dtype=torch.float64)).item()
-
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Raise on every rank the RunError or OSError that one meets in the body: nobody waits for it."""
@@ -471,7 +468,6 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
         torch.set_float32_matmul_precision("high")
     torch.use_deterministic_algorithms(not gpus)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.manual_seed(settings.seed)
     with contextlib.ExitStack() as stack:
         if world_size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
@@ -509,13 +505,6 @@ class Log:
         line += f" train_time:{train_time_ms:.0f}ms step_avg:{train_time_ms / max(step, 1):.2f}ms"
         self.event(event, line, step=step, train_time_ms=train_time_ms, **values)
 
-    def close(self, error: object = None) -> None:
-        """Write the error that ended the run, if one did, to run.log and close both files."""
-        if error and self.files:
-            self.files[0].write(f"error: {error}\n")
-        for file in self.files:
-            file.close()
-
 
 class Clock:
     """A running stopwatch. It waits for the device at start and stop: queued work counts where it belongs."""
@@ -535,8 +524,9 @@ class Clock:
         self.total_ms, self.started = self.read_ms(), math.inf
 
     def read_ms(self) -> float:
-        """Return the milliseconds counted so far, without waiting for the device."""
-        return self.total_ms + 1000.0 * max(0.0, time.perf_counter() - self.started)
+        """Return rank 0's milliseconds so far on every rank, without waiting for the device."""
+        elapsed_ms = self.total_ms + 1000.0 * max(0.0, time.perf_counter() - self.started)
+        return self.process.sum(torch.tensor(elapsed_ms * self.process.is_main, dtype=torch.float64)).item()
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -2745,15 +2735,14 @@ def warm_up(model: GPT, losses, stream: TokenStream, process: Process, log: Log)
 
 def choose_weights(averages: Averages, model: GPT, batches: list, process: Process, log: Log) -> tuple:
     """Return the candidate of least loss on `batches`, training tokens after the last step's; their hash."""
-    candidates, losses = averages.candidates(), {}
+    candidates, slots = averages.candidates(), averages.settings.micro_batch_slots
+    numbers = {"ema_updates": averages.updates, "swa_snapshots": averages.snapshots}
     pairs = [(ids[:, :-1], ids[:, 1:]) for ids in (batch.to(process.device).long() for batch in batches)]
     for name, weights in candidates.items() if len(candidates) > 1 else ():
         with torch.no_grad(), process.precision():
             total = sum(torch.func.functional_call(model, weights, pair).double() for pair in pairs)
-        losses[name] = float(process.sum(total)) / averages.settings.micro_batch_slots
-    chosen = min(candidates, key=lambda name: losses.get(name, 0.0))
-    numbers = {"ema_updates": averages.updates, "swa_snapshots": averages.snapshots}
-    numbers |= {f"held_out_train_loss_{name}": round(loss, 8) for name, loss in losses.items()}
+        numbers[f"held_out_train_loss_{name}"] = float(process.sum(total)) / slots
+    chosen = min(candidates, key=lambda name: numbers.get(f"held_out_train_loss_{name}", 0.0))
     log.event("average", chosen=chosen, moved=averages.moved(candidates[chosen]), **numbers)
     kept = {name: weight for name, weight in candidates[chosen].items() if not name.startswith("mtp_heads.")}
     return kept, {"held_out_sha256": batches_sha256(batches)}
@@ -2772,15 +2761,15 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
     losses = [oracle.beside(loss) for loss in losses] if oracle else losses
     warm_up(model, losses, stream, process, log)
     optimizers, averages = Optimizers(model, settings, process), Averages(model, settings)
-    clock, watch, bar = Clock(process), LossWatch(), process.progress(total, "train")
+    clock, watch = Clock(process), LossWatch()
     quantized, before_ms, every = False, 0.0, settings.train_log_every
     if oracle:
         oracle.count(stream)
         process.synchronize()
-        before_ms = process.agree(clock.read_ms())
+        before_ms = clock.read_ms()
         log.event("oracle", tokens=stream.total, seconds=before_ms / 1000)
-    for step in range(total + 1):
-        batches, elapsed_ms = load_batches(stream, step, process), process.agree(clock.read_ms())
+    for step in process.progress(total + 1, "train"):
+        batches, elapsed_ms = load_batches(stream, step, process), clock.read_ms()
         finished = step == total or elapsed_ms >= (1000.0 * settings.max_wallclock_seconds or math.inf)
         if step and (finished or step <= 10 or (every and step % every == 0)):
             log.step("train", step, total, elapsed_ms, train_loss=watch.drain())
@@ -2801,8 +2790,6 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
         optimizers.step(scale, momentum_at(step, settings))
         averages.update(step + 1, scale)
         watch.push(step + 1, settings.matrix_lr * scale, loss)
-        bar.update()
-    bar.close()
     weights, numbers = choose_weights(averages, model, batches, process, log)
     numbers |= {"steps": step, "train_seconds": clock.total_ms / 1000, "train_loss": watch.last_good}
     return weights, numbers | {"training_val_loss": val_loss, "training_val_bpb": val_bpb}
@@ -2833,26 +2820,24 @@ def evaluate(artifact, dataset, settings, process, log, compiled, path, trained)
     scored = scorer.score(tokens, beside=rule.beside if rule else 0)
     priced = (chunk._replace(logp=scored.mixture.logp[chunk.positions]) for chunk in scored.chunks)
     score = account(priced, dataset.target_bytes, process)
-    clock.stop()  # what follows describes the score, or is none
+    numbers = score._asdict() | {"eval_seconds": clock.read_ms() / 1000}  # `account` waited for the device
     at = pseudo_targets(score.tokens, settings)
     rows = score_sample(scorer.logits, tokens, at, settings, process) if rule and rule.peeks else None
-    numbers = score._asdict() | {"eval_seconds": clock.total_ms / 1000}
     with process.together():
-        if not process.is_main:
-            return numbers
-        if settings.ngram_cache == "exact":
-            numbers |= log_cache(scored, dataset, log)
-        log.event("score", window=settings.window, stride=settings.eval_stride, **score._asdict())
-        if rule:
-            beside, neural = scored.table[-rule.beside :].t() if rule.beside else None, scored.table[:2]
-            line, figures = pseudo_report(tokens, *neural, dataset.target_bytes, settings, rows, beside)
-            log.event("pseudo", line, **figures)
-        if dataset.manifest and score.bytes <= 8_000_000:  # above, xz would take minutes
-            text = dataset.tokenizer.decode(tokens.tolist())
-            numbers["xz_bpb"] = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
-            log.line(f"reference: xz -9e on the same {len(text)} bytes: {numbers['xz_bpb']:.4f} bpb")
-        if settings.audit:
-            numbers["audit"] = audit_run(scorer, scored, score, path, dataset, log, trained)
+        if process.is_main:
+            if settings.ngram_cache == "exact":
+                numbers |= log_cache(scored, dataset, log)
+            log.event("score", window=settings.window, stride=settings.eval_stride, **score._asdict())
+            if rule:
+                beside, neural = scored.table[-rule.beside :].t() if rule.beside else None, scored.table[:2]
+                line, figures = pseudo_report(tokens, *neural, dataset.target_bytes, settings, rows, beside)
+                log.event("pseudo", line, **figures)
+            if dataset.manifest and score.bytes <= 8_000_000:  # above, xz would take minutes
+                text = dataset.tokenizer.decode(tokens.tolist())
+                numbers["xz_bpb"] = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+                log.line(f"reference: xz -9e on the same {len(text)} bytes: {numbers['xz_bpb']:.4f} bpb")
+            if settings.audit:
+                numbers["audit"] = audit_run(scorer, scored, score, path, dataset, log, trained)
     return numbers
 
 
@@ -2867,11 +2852,13 @@ def run(settings: Settings, process: Process, log: Log, artifact: Artifact | Non
     log.line(f"script_sha256:{script_sha256}")
     if settings.audit_target:
         return {"audit": audit_report(audit_recorded(settings), log, time.perf_counter())}
+    compiled = settings.compile == "1" or (cuda and settings.compile == "auto")
+    if compiled and not cuda and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise SettingError("COMPILE=1 needs a C++ compiler on a CPU; install g++ or set COMPILE=0")
     dataset = load_dataset(settings, artifact and artifact.tokenizer)
     if settings.pseudo != "none":
         pseudo_rule(settings.pseudo, settings, settings.gate_head)  # refused before the work, or never
     select_attention(settings, process, log)
-    compiled = settings.compile == "1" or (cuda and settings.compile == "auto")
     numbers: dict[str, object] = {"steps": 0, "train_seconds": 0.0}
     if artifact is None:
         weights, numbers = train(dataset, settings, process, log, compiled)
@@ -2899,12 +2886,14 @@ def failure_of(error: BaseException) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, OSError):
         return DataError.exit_code, f"{error.filename}: {error.strerror}; free the place or name another"
+    if isinstance(error, torch.OutOfMemoryError):
+        return SettingError.exit_code, "TRAIN_BATCH_TOKENS is too large for the GPU; raise MICRO_BATCH_SLOTS"
     if isinstance(error, KeyboardInterrupt):
         return 128 + (error.args or [signal.SIGINT])[0], "interrupted; nothing half-written is left"
     return 1, repr(error)
 
 
-def run_and_record(settings: Settings, process: Process, artifact: Artifact | None, assumed: bool) -> None:
+def run_and_record(settings: Settings, process: Process, artifact: Artifact | None, assumed: dict) -> None:
     """Run, and write result.json whatever happens; raises SizeError and AuditError once all is recorded."""
     run_id = settings.run_id or f"{settings.recipe}-seed{settings.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(settings.run_dir or f"runs/{process.share(run_id)[0]}")
@@ -2913,8 +2902,7 @@ def run_and_record(settings: Settings, process: Process, artifact: Artifact | No
     log = Log(process, run_dir)
     for name in ("result.json", "artifact.bin", "audit.json", "receipt.bin") if process.is_main else ():
         (run_dir / name).unlink(missing_ok=True)
-    if assumed:
-        log.line("RECIPE is not set and there is no CUDA device: RECIPE=cpu")
+    log.line("RECIPE is not set and there is no CUDA device: RECIPE=cpu" if assumed else "")
     record: dict[str, object] = {"exit_code": 0, "run_id": run_id, "recipe": settings.recipe}
     record |= {"seed": settings.seed, "world_size": process.world_size, "settings": settings.changed()}
     try:
@@ -2933,20 +2921,18 @@ def run_and_record(settings: Settings, process: Process, artifact: Artifact | No
 
 def main(environment: Mapping[str, str]) -> int:
     """Run what `environment` asks for and return the exit code."""
-    assumed = "RECIPE" not in environment and not torch.cuda.is_available()
-    environment = {**environment, "RECIPE": "cpu"} if assumed else environment
+    assumed = {} if "RECIPE" in environment or torch.cuda.is_available() else {"RECIPE": "cpu"}
     try:
-        codec = environment.get("CODEC", "none") != "none"
-        path = environment.get("ARTIFACT" if codec else "EVAL_ONLY")
+        path = environment.get("EVAL_ONLY" if environment.get("CODEC", "none") == "none" else "ARTIFACT")
         artifact = read_artifact(Path(path)) if path else None
-        settings = Settings.from_env(environment, artifact and artifact.settings)
+        settings = Settings.from_env({**environment, **assumed}, artifact and artifact.settings)
         with open_process(environment, settings) as process:
-            if not codec:
+            if settings.codec == "none":
                 run_and_record(settings, process, artifact, assumed)
             elif process.is_main:
                 run_codec(settings, process, artifact)
         return 0
-    except (RunError, OSError, KeyboardInterrupt) as error:
+    except (RunError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
         code, message = failure_of(error)
     if environment.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)

@@ -41,6 +41,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import struct
 import sys
@@ -419,10 +420,6 @@ class Process:
             dist.all_gather_object(values, value)
         return values
 
-    def agree(self, elapsed_ms: float) -> float:
-        """Return rank 0's `elapsed_ms` on every rank."""
-        return self.sum(torch.tensor(elapsed_ms * self.is_main, dtype=torch.float64)).item()
-
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Raise on every rank the RunError or OSError that one meets in the body: nobody waits for it."""
@@ -463,7 +460,6 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
         torch.set_float32_matmul_precision("high")
     torch.use_deterministic_algorithms(not gpus)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.manual_seed(settings.seed)
     with contextlib.ExitStack() as stack:
         if world_size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
@@ -519,8 +515,9 @@ class Clock:
         self.total_ms, self.started = self.read_ms(), math.inf
 
     def read_ms(self) -> float:
-        """Return the milliseconds counted so far, without waiting for the device."""
-        return self.total_ms + 1000.0 * max(0.0, time.perf_counter() - self.started)
+        """Return rank 0's milliseconds so far on every rank, without waiting for the device."""
+        elapsed_ms = self.total_ms + 1000.0 * max(0.0, time.perf_counter() - self.started)
+        return self.process.sum(torch.tensor(elapsed_ms * self.process.is_main, dtype=torch.float64)).item()
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -2644,15 +2641,14 @@ def warm_up(model: GPT, losses, stream: TokenStream, process: Process, log: Log)
 
 def choose_weights(averages: Averages, model: GPT, batches: list, process: Process, log: Log) -> tuple:
     """Return the candidate of least loss on `batches`, training tokens after the last step's; their hash."""
-    candidates, losses = averages.candidates(), {}
+    candidates, slots = averages.candidates(), averages.settings.micro_batch_slots
+    numbers = {"ema_updates": averages.updates, "swa_snapshots": averages.snapshots}
     pairs = [(ids[:, :-1], ids[:, 1:]) for ids in (batch.to(process.device).long() for batch in batches)]
     for name, weights in candidates.items() if len(candidates) > 1 else ():
         with torch.no_grad(), process.precision():
             total = sum(torch.func.functional_call(model, weights, pair).double() for pair in pairs)
-        losses[name] = float(process.sum(total)) / averages.settings.micro_batch_slots
-    chosen = min(candidates, key=lambda name: losses.get(name, 0.0))
-    numbers = {"ema_updates": averages.updates, "swa_snapshots": averages.snapshots}
-    numbers |= {f"held_out_train_loss_{name}": round(loss, 8) for name, loss in losses.items()}
+        numbers[f"held_out_train_loss_{name}"] = float(process.sum(total)) / slots
+    chosen = min(candidates, key=lambda name: numbers.get(f"held_out_train_loss_{name}", 0.0))
     log.event("average", chosen=chosen, moved=averages.moved(candidates[chosen]), **numbers)
     kept = {name: weight for name, weight in candidates[chosen].items() if not name.startswith("mtp_heads.")}
     return kept, {"held_out_sha256": hashlib.sha256(batches[0].numpy()).hexdigest()}
@@ -2671,15 +2667,15 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
     losses = [oracle.beside(loss) for loss in losses] if oracle else losses
     warm_up(model, losses, stream, process, log)
     optimizers, averages = Optimizers(model, settings, process), Averages(model, settings)
-    clock, watch, bar = Clock(process), LossWatch(), process.progress(total, "train")
+    clock, watch = Clock(process), LossWatch()
     quantized, before_ms, every = False, 0.0, settings.train_log_every
     if oracle:
         oracle.count(stream)
         process.synchronize()
-        before_ms = process.agree(clock.read_ms())
+        before_ms = clock.read_ms()
         log.event("oracle", tokens=stream.total, seconds=before_ms / 1000)
-    for step in range(total + 1):
-        batches, elapsed_ms = load_batches(stream, step, process), process.agree(clock.read_ms())
+    for step in process.progress(total + 1, "train"):
+        batches, elapsed_ms = load_batches(stream, step, process), clock.read_ms()
         finished = step == total or elapsed_ms >= (1000.0 * settings.max_wallclock_seconds or math.inf)
         if step and (finished or step <= 10 or (every and step % every == 0)):
             log.step("train", step, total, elapsed_ms, train_loss=watch.drain())
@@ -2700,8 +2696,6 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
         optimizers.step(scale, momentum_at(step, settings))
         averages.update(step + 1, scale)
         watch.push(step + 1, settings.matrix_lr * scale, loss)
-        bar.update()
-    bar.close()
     weights, numbers = choose_weights(averages, model, batches, process, log)
     numbers |= {"steps": step, "train_seconds": clock.total_ms / 1000, "train_loss": watch.last_good}
     return weights, numbers | {"training_val_loss": val_loss, "training_val_bpb": val_bpb}
@@ -2764,11 +2758,13 @@ def run(settings: Settings, process: Process, log: Log, artifact: Artifact | Non
     log.line(f"script_sha256:{script_sha256}")
     if settings.audit_target:
         return {"audit": audit_report(audit_recorded(settings), log, time.perf_counter())}
+    compiled = settings.compile == "1" or (cuda and settings.compile == "auto")
+    if compiled and not cuda and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise SettingError("COMPILE=1 needs a C++ compiler on a CPU; install g++ or set COMPILE=0")
     dataset = load_dataset(settings, artifact and artifact.tokenizer)
     if settings.pseudo != "none":
         pseudo_rule(settings.pseudo, settings, settings.gate_head)  # refused before the work, or never
     select_attention(settings, process, log)
-    compiled = settings.compile == "1" or (cuda and settings.compile == "auto")
     numbers: dict[str, object] = {"steps": 0, "train_seconds": 0.0}
     if artifact is None:
         weights, numbers = train(dataset, settings, process, log, compiled)
@@ -2796,6 +2792,8 @@ def failure_of(error: BaseException) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, OSError):
         return DataError.exit_code, f"{error.filename}: {error.strerror}; free the place or name another"
+    if isinstance(error, torch.OutOfMemoryError):
+        return SettingError.exit_code, "TRAIN_BATCH_TOKENS is too large for the GPU; raise MICRO_BATCH_SLOTS"
     if isinstance(error, KeyboardInterrupt):
         return 128 + (error.args or [signal.SIGINT])[0], "interrupted; nothing half-written is left"
     return 1, repr(error)
@@ -2834,17 +2832,16 @@ def main(environment: Mapping[str, str]) -> int:
     assumed = "" if "RECIPE" in environment else "record" if torch.cuda.is_available() else "cpu"
     environment = {**environment, "RECIPE": assumed} if assumed else environment
     try:
-        codec = environment.get("CODEC", "none") != "none"
-        path = environment.get("ARTIFACT" if codec else "EVAL_ONLY")
+        path = environment.get("EVAL_ONLY" if environment.get("CODEC", "none") == "none" else "ARTIFACT")
         artifact = read_artifact(Path(path)) if path else None
         settings = Settings.from_env(environment, artifact and artifact.settings)
         with open_process(environment, settings) as process:
-            if not codec:
+            if settings.codec == "none":
                 run_and_record(settings, process, artifact, assumed)
             elif process.is_main:
                 run_codec(settings, process, artifact)
         return 0
-    except (RunError, OSError, KeyboardInterrupt) as error:
+    except (RunError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
         code, message = failure_of(error)
     if environment.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)

@@ -83,7 +83,7 @@ def open_data(folder: Path, settings: train_gpt.Settings) -> train_gpt.Dataset:
     if settings.data_lanes % LANES or read >= room:
         raise SystemExit(f"error: {read} tokens of a lane reach the held-out ones after {room}; train less")
     held_out = np.concatenate([tokens[end - HELD_OUT : end] for end in lane * np.arange(1, LANES + 1)])
-    target_bytes = tokenizer.byte_table(exact=True).lengths(held_out[:-1], held_out[1:])
+    target_bytes = tokenizer.target_bytes(held_out, exact=True)
     return train_gpt.Dataset(stream, held_out, target_bytes, tokenizer, None, {})
 
 
@@ -103,7 +103,7 @@ class Trained(NamedTuple):
         model.load_state_dict(weights)
         tokens, s = self.dataset.val_tokens, self.settings
         chunks = train_gpt.score_stream(model.logits, tokens, s, s.window, self.process, "score")
-        return train_gpt.account(chunks, self.dataset, self.process).val_loss
+        return train_gpt.account(chunks, self.dataset.target_bytes, self.process).val_loss
 
     def raw_loss(self) -> float:
         """Return the held-out loss of the weights without average or quantization."""
@@ -129,8 +129,7 @@ def train_reduced(variables: dict[str, str], seed: int) -> Trained:
     settings = train_gpt.Settings.from_env({**variables, "SEED": str(seed)})
     with train_gpt.open_process({}, settings) as process:
         dataset, log = open_data(sample_folder(), settings), Recorder()
-        model = train_gpt.GPT(settings)
-        weights, _ = train_gpt.train(model, dataset, settings, process, log, compiled=False)
+        weights, _ = train_gpt.train(dataset, settings, process, log, compiled=False)
     parameters = sum(weight.numel() for weight in weights.values())
     return Trained(weights, settings, dataset, process, log, parameters)
 

@@ -407,6 +407,27 @@ def test_the_model_that_is_scored_comes_from_the_artifact_alone(env, process):
     assert scores[0]["val_loss"] == scores[1]["val_loss"] == result_of(env)["val_loss"]
 
 
+def test_compile_without_a_compiler_is_refused(env, monkeypatch, capsys):
+    monkeypatch.setattr(train_gpt.shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train_gpt, "load_dataset", lambda *_: pytest.fail("too late"))
+    assert main({**env, "COMPILE": "1"}) == result_of(env)["exit_code"] == 2
+    message = "error: COMPILE=1 needs a C++ compiler on a CPU; install g++ or set COMPILE=0\n"
+    assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_too_little_memory_on_the_gpu_is_a_setting_to_mend(env, stage, monkeypatch, capsys):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_gpt, stage, fail)
+    assert main(env) == result_of(env)["exit_code"] == 2
+    message = "TRAIN_BATCH_TOKENS is too large for the GPU; raise MICRO_BATCH_SLOTS"
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert result_of(env)["error"] == message
+
+
 def held_out_losses(line):
     return dict(re.findall(r"held_out_train_loss_(\w+):(\S+)", line))
 

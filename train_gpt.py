@@ -2757,7 +2757,8 @@ def run(settings: Settings, process: Process, log: Log, artifact: Artifact | Non
     log.line(f"torch:{torch.__version__} python:{platform.python_version()} device:{device}")
     log.line(f"script_sha256:{script_sha256}")
     if settings.audit_target:
-        return {"audit": audit_report(audit_recorded(settings), log, time.perf_counter())}
+        started = time.perf_counter()
+        return {"audit": audit_report(audit_recorded(settings), log, started)}
     compiled = settings.compile == "1" or (cuda and settings.compile == "auto")
     if compiled and not cuda and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise SettingError("COMPILE=1 needs a C++ compiler on a CPU; install g++ or set COMPILE=0")

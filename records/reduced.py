@@ -53,7 +53,7 @@ class Recorder(train_gpt.Log):
     def __init__(self) -> None:
         self.files, self.events = [], []
 
-    def event(self, event: str, line: str, **values: object) -> None:
+    def event(self, event: str, line: str | None = None, **values: object) -> None:
         """Keep {"event": event, **values}."""
         self.events.append({"event": event, **values})
 

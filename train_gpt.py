@@ -95,12 +95,12 @@ class NonFiniteError(RunError, exit_code=6):
     """A loss, a weight or a score is infinite or not a number."""
 
 
-# Of a name that a recipe sets twice, the last counts. Shared by all five references, four, three, and two:
+# Shared by the five references and ours; by the five; by four of them and ours; by four; three; two:
 COMMON = """TRAIN_SEQ_LEN=2048 WARMDOWN_ITERS=3500 TIED_EMBED_LR=0.035 MATRIX_LR=0.025 SCALAR_LR=0.025
     MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500
     MUON_WD=0.04 ADAM_WD=0.04 QUANT_SEARCH=1"""
 REFERENCE = f"{COMMON} QUANT_SCALE_FLOOR=1 FP16_MAX_NUMEL=65536 AUDIT=0"
-LAYERS = """ NUM_LAYERS=11 MLP_ACTIVATION=leaky2 SMEAR_GATE=half GRAD_CLIP_NORM=0.3 TRAIN_BATCH_TOKENS=786432
+LAYERS = """NUM_LAYERS=11 MLP_ACTIVATION=leaky2 SMEAR_GATE=half GRAD_CLIP_NORM=0.3 TRAIN_BATCH_TOKENS=786432
     VAL_LOSS_EVERY=4000 TRAIN_LOG_EVERY=500 AVERAGE=best"""
 ELEVEN = f"{REFERENCE} {LAYERS} ROPE_DIMS=16 ROPE_NTK_LENGTH=1024"
 WIDE = f"""{ELEVEN} NUM_KV_HEADS=8 MLP_MULT=3.5 LN_SCALE=norm VE_LAYERS=9,10 XSA_LAST_N=11

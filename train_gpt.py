@@ -34,7 +34,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import lzma
 import math
@@ -701,7 +700,10 @@ def read_manifest(path: Path, hashes: dict[str, str], val_bytes: int) -> dict:
         if (stated, val["bytes"]) != (hashes, val_bytes):
             fault = f"another tokenizer or other shards: {val['bytes']} raw val bytes, {val_bytes} in tokens"
             raise DataError(f"{path} states {fault}; set TOKENIZER_PATH to it or make the shards anew")
-        hashes["train_sha256"] = manifest["splits"]["train"]["sha256"]
+        hashes["train_sha256"], _ = (
+            manifest["splits"]["train"]["sha256"],
+            manifest["tokenizer"]["trained_here"],
+        )
         return manifest
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a manifest of data/text.py ({error!r}); make it anew") from error
@@ -2417,13 +2419,12 @@ def audit_spans(predict, again, tokens: np.ndarray, prices: np.ndarray, spans) -
     rows, coded, wrong, excess = [np.empty((0, 3))], [], 0, 0.0
     for targets in spans:
         data, seen = encode_targets(predict, tokens, targets)
-        bits, decoded = -float(prices[targets].sum()) / math.log(2), tokens.copy()
+        bits = -float(prices[targets].sum()) / math.log(2)
+        decoded = tokens[: targets[-1] + 2].copy()  # nothing behind the span is at hand
         decoded[np.add(targets, 1)] = MARKER_ID
         decode_targets(again, decoded, targets, data)
-        wrong, excess = (
-            wrong + (decoded != tokens).sum(),
-            max(excess, abs(8 * len(data) - bits) - 0.001 * bits),
-        )
+        wrong += (decoded != tokens[: len(decoded)]).sum()
+        excess = max(excess, abs(8 * len(data) - bits) - 0.001 * bits)
         rows.append(np.column_stack((seen, prices[targets])))
         coded.append(data)
     sums, slow, fast = np.concatenate(rows).T
@@ -2489,13 +2490,14 @@ def documents(tokens: np.ndarray) -> set[bytes]:
 
 def audit_data(dataset: Dataset, score: Score, folder: Path) -> dict[str, list[float]]:
     """Return condition -> [deviation, tolerance] of the bytes and documents of the validation split."""
-    pieces = [dataset.tokenizer.pieces[token] for token in dataset.val_tokens.tolist()]
-    size, found = sum(map(len, pieces[1:])), {}
+    tokens, pieces, found = dataset.val_tokens, dataset.tokenizer.pieces, {}
+    length, spaced = np.array([len(p) for p in pieces]), np.array([p.startswith(b" ") for p in pieces])
+    size = int(length[tokens[1:]].sum())
     if dataset.manifest is None:  # in the contest a space behind a marker is free, but for pure bytes
-        pairs = itertools.pairwise(pieces if dataset.tokenizer.model else [])
-        size -= sum(now.startswith(b" ") and not before for before, now in pairs)
+        free = spaced[tokens[1:]] & (length[tokens[:-1]] == 0)
+        size -= int(free.sum()) if dataset.tokenizer.model else 0
     else:
-        own, paths = documents(dataset.val_tokens), folder.glob("*_train_*.bin")
+        own, paths = documents(tokens), folder.glob("*_train_*.bin")
         found["disjoint"] = [sum(len(own & documents(open_shard(path))) for path in paths), 0]
     return found | {"bytes": [abs(size - score.bytes), 0]}
 
@@ -2504,20 +2506,15 @@ def audit_report(found: dict[str, list[float]], log: Log, started: float, **more
     """Write audit.json; return the conditions that are broken, as text. `started`: of time.perf_counter."""
     # JSON knows no infinity; what is no number counts as the largest.
     found = {name: (min(sys.float_info.max, value), most) for name, (value, most) in found.items()}
-    off = {
-        name: f"off by {value:.3g} (at most {most:g})"
-        for name, (value, most) in found.items()
-        if value > most
-    }
+    off = {name: f"off by {v:.3g} (at most {most:g})" for name, (v, most) in found.items() if v > most}
     conditions = {name: {"deviation": value, "tolerance": most} for name, (value, most) in found.items()}
     report = {"passed": not off, "broken": list(off), "seconds": time.perf_counter() - started}
     report |= {"conditions": conditions, **more}
     write_atomically(log.folder / "audit.json", (json.dumps(report, indent=2) + "\n").encode())
     verdict = ", ".join(f"{name} is {by}" for name, by in off.items())
     measured = ", ".join(f"{name} {value:.2g}" for name, (value, _) in found.items())
-    log.event(
-        "audit", f"audit: {verdict or 'all hold'} ({measured}) seconds:{report['seconds']:.1f}", **report
-    )
+    line = f"audit: {verdict or 'all hold'} ({measured}) seconds:{report['seconds']:.1f}"
+    log.event("audit", line, **report)
     return verdict
 
 
@@ -2579,7 +2576,7 @@ def run_codec(settings: Settings, process: Process, artifact: Artifact) -> None:
     packs, data = settings.codec == "compress", Path(settings.input).read_bytes()
     try:
         result = (compress_text if packs else decompress_text)(data, scorer, tokenizer, artifact.sha256)
-    except ValueError as error:
+    except (ValueError, struct.error) as error:
         raise DataError(f"INPUT={settings.input}: {error}; name another file or artifact") from error
     write_atomically(target, result)
     text, coded = (data, result) if packs else (result, data)

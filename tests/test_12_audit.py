@@ -891,3 +891,18 @@ def test_a_damaged_record_is_refused(damage, evaluator, training, tmp_path, caps
     message = capsys.readouterr().err
     assert message.startswith(f"error: AUDIT_TARGET={path}: ") and message.count("\n") == 1
     assert result_of(training)["exit_code"] == 5
+
+
+def test_the_decoder_has_nothing_behind_its_span():
+    """A scorer that looks at the array its past is cut from writes what cannot be read again."""
+    tokens = np.random.default_rng(0).integers(2, 50, 200).astype(np.uint16)
+
+    def peeks(past):
+        row = np.full(50, 0.5 / 50)
+        row[(past if past.base is None else past.base)[-1]] += 0.5
+        return row
+
+    prices = np.log([peeks(tokens[: target + 1])[tokens[target + 1]] for target in range(199)])
+    found, _ = train_gpt.audit_spans(peeks, peeks, tokens, prices, [range(20, 90)])
+    assert found["fast is slow"][0] < 1e-12
+    assert found["decodes"][0] > 0

@@ -215,6 +215,7 @@ DAMAGES = {
     "empty": (lambda packed: b"", "it is not a file that CODEC=compress wrote"),
     "foreign": (lambda packed: ENGLISH, "it is not a file that CODEC=compress wrote"),
     "magic": (lambda packed: flipped(packed, 0), "it is not a file that CODEC=compress wrote"),
+    "a signed stump": (lambda packed: signed(packed[:20]), "unpack_from requires"),
     "cut in the header": (lambda packed: packed[:60], "it is truncated or altered"),
     "cut by one byte": (lambda packed: packed[:-1], "it is truncated or altered"),
     "one byte more": (lambda packed: packed + b"\0", "it is truncated or altered"),

@@ -31,6 +31,7 @@ finite, 130 and 143 interrupted by SIGINT and SIGTERM.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -104,7 +105,8 @@ LAYERS = """NUM_LAYERS=11 MLP_ACTIVATION=leaky2 SMEAR_GATE=half GRAD_CLIP_NORM=0
 ELEVEN = f"{REFERENCE} {LAYERS} ROPE_DIMS=16 ROPE_NTK_LENGTH=1024"
 WIDE = f"""{ELEVEN} NUM_KV_HEADS=8 MLP_MULT=3.5 LN_SCALE=norm VE_LAYERS=9,10 XSA_LAST_N=11
     MATRIX_INIT=scaled QAT_START=scale:0.5 MATRIX_BITS=5"""
-PRUNED = f"{WIDE} BIGRAM_VOCAB_SIZE=6144 MAX_WALLCLOCK_SECONDS=582 PRUNE_PCT=0.08 CROWN_Q_LAMBDA=0.01"
+PRUNED = f"""{WIDE} BIGRAM_VOCAB_SIZE=6144 MAX_WALLCLOCK_SECONDS=582 PRUNE_PCT=0.08 CROWN_Q_LAMBDA=0.01
+    TTT_LAST_BLOCKS=1 TTT_CHUNK_TOKENS=1048576 TTT_LR=3e-5"""
 RECIPES = {
     "baseline": "",  # the contest's, 9 layers, 17,059,912 parameters: every default
     # Two CPU cores, two minutes on the standard library's source; records/README.md says what was tried.
@@ -145,8 +147,10 @@ REFUSED = """LEAKY_RELU:MLP_ACTIVATION MLP_MULT_ENCODER:MLP_MULT MLP_MULT_DECODE
     NGRAM_ENABLED:PSEUDO NGRAM_EVAL:PSEUDO USE_MIXER:PSEUDO MIXER_HEAD:GATE_HEAD USE_EMA:EMA_DECAY
     RUN_CONFIG:RECIPE TTT_ONLY:EVAL_ONLY SKIP_SLIDING:EVAL_STRIDE NGRAM_ENT_BASE:NGRAM_ALPHA_MIN
     SWA_START_FRAC:SWA_START_SCALE WEIGHT_DECAY:MUON_WD+ADAM_WD GRAD_ACCUM_STEPS:MICRO_BATCH_SLOTS
-    NGRAM_ENT_RANGE:NGRAM_ALPHA_MAX NGRAM_ALPHA:NGRAM_ALPHA_MIN+NGRAM_ALPHA_MAX"""
-REFUSED_NAMES = dict(pair.split(":") for pair in REFUSED.split())
+    NGRAM_ENT_RANGE:NGRAM_ALPHA_MAX NGRAM_ALPHA:NGRAM_ALPHA_MIN+NGRAM_ALPHA_MAX USE_TTT:TTT_LAST_BLOCKS
+    QTTT:TTT_LAST_BLOCKS TTT_MODE:TTT_LAST_BLOCKS USE_POLYAK:POLYAK_DECAY"""
+FREEZE = "TTT_LAST_BLOCKS, the blocks that adapt (#779 and #834 count those, #864 the first that do not),"
+REFUSED_NAMES = {**dict(pair.split(":") for pair in REFUSED.split()), "TTT_FREEZE_BLOCKS": FREEZE}
 OTHER_TOOLS = {"COMPILER", "MODEL_DIR", "DATASET_PATH", "OMP_NUM_THREADS"}  # close to settings' names
 
 
@@ -278,6 +282,11 @@ class Settings:
     # scoring
     eval_seq_len: int = setting(0, "tokens of a scoring window; 0: TRAIN_SEQ_LEN", 0, 2**17, stored="scoring")
     eval_stride: int = setting(64, "targets priced by each window but the first", 1, 2**17, stored="scoring")
+    ttt_last_blocks: int = setting(0, "last blocks whose queries adapt; 0: none", 0, 256, stored="scoring")
+    ttt_chunk_tokens: int = setting(32_768, "targets priced before they adapt", 1, stored="scoring")
+    ttt_lr: float = setting(0.0005, "AdamW, what adapts, falling to 0", 0.0, 1.0, stored="scoring")
+    ttt_epochs: int = setting(1, "passes over each priced chunk", 1, 1_000, stored="scoring")
+    polyak_decay: float = setting(0.0, "average of what adapts; 0: off", 0.0, 0.999999, stored="scoring")
     # hashed pseudo-scores; 0 is the rule's own value
     pseudo: str = choice("none pr864 pr890 pr779 pr810 pr834", "hashed evaluator to show")
     pseudo_sample: int = setting(20_000, "targets at which the pseudo-probabilities are summed", 1)
@@ -325,6 +334,7 @@ class Settings:
         qat = re.fullmatch(r"off|step0|(scale|time):(0\.\d+|1)", s.qat_start)
         no_ema = not s.ema_decay and (s.average == "mean" or s.swa_source == "ema")
         no_qat = s.qat_start == "off" and (s.soft_round_qat or s.crown_q_lambda)
+        short_chunk = s.ttt_last_blocks and s.ttt_chunk_tokens < s.window
         gated = s.pseudo == "pr834" or (s.gate_head and not trains)
         for name, broken, rule, number in (
             ("CODEC", s.codec != "none" and missing, "none, or have files", "ARTIFACT, INPUT and OUTPUT"),
@@ -337,6 +347,9 @@ class Settings:
             ("GATE_HEAD", s.gate_head != gated, "on with PSEUDO=pr834 and only then", s.pseudo),
             ("EVAL_STRIDE", s.eval_stride > s.window, "at most the scoring window", s.window),
             ("XSA_LAST_N", s.xsa_last_n > s.num_layers, "at most NUM_LAYERS", s.num_layers),
+            ("TTT_LAST_BLOCKS", s.ttt_last_blocks > s.num_layers, "at most NUM_LAYERS", s.num_layers),
+            ("TTT_CHUNK_TOKENS", short_chunk, "at least the scoring window", s.window),
+            ("POLYAK_DECAY", s.polyak_decay and not s.ttt_last_blocks, "0 without", "TTT_LAST_BLOCKS"),
             ("VE_LAYERS", s.value_layers[-1:] >= (s.num_layers,), "numbers below NUM_LAYERS", s.num_layers),
             ("ROPE_DIMS", s.rope_dims % 2 or s.rope_dims > head, "even, at most a head's channels", head),
             ("MTP_NUM_HEADS", s.mtp_num_heads >= s.train_seq_len, "below TRAIN_SEQ_LEN", s.train_seq_len),
@@ -689,6 +702,10 @@ class Dataset(NamedTuple):
     tokenizer: Tokenizer
     manifest: dict | None
     hashes: dict[str, str]
+
+    def size_of(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the bytes (N,) of `tokens` (N + 1,) but the first, counted as those of the split are."""
+        return self.tokenizer.target_bytes(tokens, exact=self.manifest is not None)
 
 
 def read_manifest(path: Path, hashes: dict[str, str], val_bytes: int) -> dict:
@@ -1090,18 +1107,24 @@ class Muon:
                 torch._foreach_mul_(bank.matrices, decay)
 
 
+def parameter_groups(model: GPT, settings: Settings) -> tuple[list[dict], list[nn.Parameter]]:
+    """Return AdamW's groups, each with its `base_lr`, and Muon's matrices: every parameter once."""
+    s, embed_lr = settings, settings.tied_embed_lr if settings.tie_embeddings else settings.embed_lr
+    rates = {"embedding": embed_lr, "lookup": embed_lr, "head": s.head_lr, "scalar": s.scalar_lr}
+    named = [(parameter_role(name, parameter), parameter) for name, parameter in model.named_parameters()]
+    roles = {role: [p for own, p in named if own == role] for role in (*rates, "projection", "matrix")}
+    order = ("matrix", "projection", "lookup")
+    matrices = [p for role in order[: order.index(s.muon_scope) + 1] for p in roles.pop(role)]
+    return [{"params": roles[r], "base_lr": rates.get(r, s.scalar_lr)} for r in roles if roles[r]], matrices
+
+
 class Optimizers:
     """Both optimizers; AdamW's gradients are a buffer that ends with the loss: one sum averages them all."""
 
-    def __init__(self, model: GPT, settings: Settings, process: Process) -> None:
+    def __init__(
+        self, groups: list[dict], matrices: list[nn.Parameter], settings: Settings, process: Process
+    ) -> None:
         self.settings, self.process, s = settings, process, settings
-        embed_lr = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
-        rates = {"embedding": embed_lr, "lookup": embed_lr, "head": s.head_lr, "scalar": s.scalar_lr}
-        named = [(parameter_role(name, parameter), parameter) for name, parameter in model.named_parameters()]
-        roles = {role: [p for own, p in named if own == role] for role in (*rates, "projection", "matrix")}
-        order = ("matrix", "projection", "lookup")
-        matrices = [p for role in order[: order.index(s.muon_scope) + 1] for p in roles.pop(role)]
-        groups = [{"params": roles[r], "base_lr": rates.get(r, s.scalar_lr)} for r in roles if roles[r]]
         others = [p for group in groups for p in group["params"]]
         sizes = [parameter.numel() for parameter in others]
         self.flat = torch.zeros(sum(sizes) + 1, device=process.device)
@@ -1117,7 +1140,7 @@ class Optimizers:
         for batch in batches:
             ids = batch.to(self.process.device, non_blocking=True).long()
             with self.process.precision():
-                loss = model(ids[:, :-1], ids[:, 1:]) / self.settings.micro_batch_slots
+                loss = model(ids[..., :-1], ids[..., 1:]) / self.settings.micro_batch_slots
             loss.backward()
             self.flat[-1] += loss.detach()
         for bank in self.muon.banks:
@@ -1128,7 +1151,8 @@ class Optimizers:
         """Clip, then update every parameter; `scale` multiplies every learning rate."""
         if limit := self.settings.grad_clip_norm:
             own = [self.process.own(bank.arrived().gradient) for bank in self.muon.banks]
-            square = self.process.sum(sum(gradient.square().sum() for gradient in own))
+            square = sum((gradient.square().sum() for gradient in own), self.flat.new_zeros(()))
+            square = self.process.sum(square)
             norm = (square + self.flat[:-1].square().sum()).sqrt()
             torch._foreach_mul_([*own, self.flat[:-1]], (limit / (norm + 1e-6)).clamp(max=1.0))
         for group in self.adam.param_groups:
@@ -1476,18 +1500,83 @@ def score_windows(
                 bar.update(len(start))
 
 
+class TestTimeTraining:
+    """A model that learns from targets already priced (#779, #834): queries of its last blocks, all scales.
+
+    After chunk k of n, but the last: TTT_EPOCHS of AdamW at TTT_LR * (1 + cos(pi k / (n - 1))) / 2 on the
+    chunk's sum(nll * bytes) / sum(bytes), over all ranks. What scores is the average of a rate 1 -
+    POLYAK_DECAY over the steps. n counts chunks of `total` targets: a number that is no part of the text."""
+
+    def __init__(self, model: GPT, settings: Settings, process: Process, size_of, total: int) -> None:
+        """`size_of(tokens)`: bytes of all tokens but the first, as in the account."""
+        self.model, self.settings, self.process, self.size_of = model, settings, process, size_of
+        self.last = max((total - 1) // settings.ttt_chunk_tokens, 1)
+        blocks = range(settings.num_layers - settings.ttt_last_blocks, settings.num_layers)
+        names = {f"blocks.{block}.attn.c_q.weight" for block in blocks}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("scale" in name or name in names)
+        self.adaptive = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.live = [parameter.detach() for parameter in self.adaptive]
+        self.kept, self.trained, self.average = ([p.clone() for p in self.live] for _ in range(3))
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all that was learned, but `moved`: by how much it changed one weight at most."""
+        pairs = zip(self.live, self.kept, strict=True)
+        self.moved = max(float((live - kept).abs().max()) for live, kept in pairs)
+        changes = {"adam_wd": 0.0, "beta1": 0.9, "beta2": 0.999, "adam_eps": 1e-8, "grad_clip_norm": 1.0}
+        groups = [{"params": self.adaptive, "base_lr": self.settings.ttt_lr}]
+        self.optimizers = Optimizers(groups, [], dataclasses.replace(self.settings, **changes), self.process)
+        for weights in (self.live, self.trained, self.average):
+            torch._foreach_copy_(weights, self.kept)
+
+    def loss(self, share: float, ids: Tensor, targets: Tensor) -> Tensor:
+        """Return `share` of the mean nats per byte; (2, B, T): token ids, and their bytes."""
+        logits, weights = self.model.logits(ids[0]).flatten(0, 1), targets[1].flatten()
+        nll = F.cross_entropy(logits, targets[0].flatten(), reduction="none")
+        return share * (nll * weights).sum() / weights.sum().clamp(min=1)
+
+    def learn(self, tokens: np.ndarray, chunk: int) -> None:
+        """Adapt to chunk number `chunk` of `tokens`, of which no target is still to be priced."""
+        s, process, first = self.settings, self.process, chunk * self.settings.ttt_chunk_tokens
+        tokens = tokens[first : first + s.ttt_chunk_tokens + 1].astype(np.int32)
+        starts = np.arange(0, s.ttt_chunk_tokens, s.window).clip(max=s.ttt_chunk_tokens - s.window)
+        pairs = np.stack((tokens, np.append(0, self.size_of(tokens)).astype(np.int32)))
+        rows = torch.from_numpy(pairs[:, starts[:, None] + np.arange(s.window + 1)])  # (2, rows, T + 1)
+        batch = s.val_batch_size // s.micro_batch_slots // s.window
+        scale = (1 + math.cos(math.pi * chunk / self.last)) / 2
+        torch._foreach_copy_(self.live, self.trained)
+        for step in rows.split(s.micro_batch_slots * batch, dim=1) * s.ttt_epochs:
+            parts = step.split(batch, dim=1)
+            loss = functools.partial(self.loss, s.micro_batch_slots / len(parts))
+            self.optimizers.gather(loss, parts[process.rank :: process.world_size])
+            self.optimizers.step(scale, 0.0)
+            torch._foreach_lerp_(self.average, self.live, 1 - s.polyak_decay)
+        torch._foreach_copy_(self.trained, self.live)
+        torch._foreach_copy_(self.live, self.average)
+
+
 def score_stream(
-    logits, tokens: np.ndarray, settings: Settings, stride: int, process: Process, label: str, proposals=None
+    logits, tokens: np.ndarray, settings, stride: int, process: Process, label, proposals=None, learner=None
 ) -> Iterator[ScoredChunk]:
-    """Yield this rank's share of all targets of `tokens` (N + 1,); `proposals` (K, N): tokens priced too."""
-    plan = plan_windows(len(tokens) - 1, settings.window, stride)[process.rank :: process.world_size]
+    """Yield this rank's share of all targets of `tokens` (N + 1,); `proposals` (K, N): tokens priced too.
+
+    `learner`, of the model behind `logits`, learns from each chunk once all of its windows are scored."""
+    total, size = len(tokens) - 1, settings.ttt_chunk_tokens
+    plan, ends = plan_windows(total, settings.window, stride), range(size, total, size) if learner else ()
     asked = torch.from_numpy(tokens[None, 1:].astype(np.int32)).to(process.device)
     asked = asked if proposals is None else torch.cat((asked, proposals))  # (1 + K, N)
-    for positions, rows, rest in score_windows(logits, tokens, plan, settings, process, label):
-        ids = asked.index_select(1, positions).long()
-        known, entropy = ids < rows.shape[1], -(rows.exp() * rows).sum(dim=-1)
-        priced = rows.gather(1, ids.where(known, 0).t()).t() * known
-        yield ScoredChunk(positions, ids[0], priced[0], entropy, torch.cat((priced[1:], rest.t().float())))
+    for chunk, part in enumerate(np.split(plan, np.searchsorted(plan[:, 1], ends))):
+        own = part[process.rank :: process.world_size]
+        for positions, rows, rest in score_windows(logits, tokens, own, settings, process, label):
+            ids = asked.index_select(1, positions).long()
+            known, entropy = ids < rows.shape[1], -(rows.exp() * rows).sum(dim=-1)
+            priced, beside = rows.gather(1, ids.where(known, 0).t()).t() * known, rest.t().float()
+            yield ScoredChunk(positions, ids[0], priced[0], entropy, torch.cat((priced[1:], beside)))
+        if chunk < len(ends):
+            learner.learn(tokens, chunk)
+    if learner:
+        learner.reset()
 
 
 def bits_per_byte(nats: float, size: int) -> float:
@@ -2132,15 +2221,25 @@ AUDIT_HEAD, AUDIT_SPREAD, FLIPS = 4_096, 4, 3  # first targets priced again, sin
 class NeuralSteps:
     """The neural model one target at a time; its key/value cache is filled anew where the window moves."""
 
-    def __init__(self, model: GPT, settings: Settings, process: Process) -> None:
-        self.model, self.settings, self.process, self.place = model, settings, process, (0, 0)
+    def __init__(self, model: GPT, settings: Settings, process: Process, size_of=None, total=0) -> None:
+        self.settings, self.process, self.place, self.learned = settings, process, (0, 0), 0
+        self.model, self.learner = model, None
+        if settings.ttt_last_blocks:
+            self.model = copy.deepcopy(model)
+            self.learner = TestTimeTraining(self.model, settings, process, size_of, total)
         shape = (settings.num_layers, 2, 1, settings.num_kv_heads, settings.window, settings.head_dim)
         self.memory = torch.zeros(shape, device=process.device)
 
     def row(self, past: np.ndarray) -> np.ndarray:
-        """Return log-probabilities (V,) float64 of the token after `past`, in the window of the score."""
+        """Return log-probabilities (V,) float64 of the token after `past`, in the window of the score.
+
+        `past` begins with that of the call before: what was learned from it is kept."""
         s, stop = self.settings, len(past)
         start = max(((stop - 1 - s.window) // s.eval_stride + 1) * s.eval_stride, 0)
+        chunk = (start + s.window - s.eval_stride) // s.ttt_chunk_tokens  # of the window's first target
+        while self.learner and self.learned < chunk:
+            self.learner.learn(past, self.learned)
+            self.learned += 1
         seen = stop - 1 - start if self.place == (start, stop - 1) else 0
         ids = torch.from_numpy(past[start:].astype(np.int64))[None].to(self.process.device)
         with torch.inference_mode(), self.process.precision():
@@ -2271,8 +2370,12 @@ class SlowCache:
 class Scorer:
     """The run's scorer: all prices of a stream at once, or one distribution after the other."""
 
-    def __init__(self, model: GPT, settings: Settings, process: Process, logits=None, table=None) -> None:
-        """`logits`: `model.logits`, perhaps compiled, for the fast path; `table`: columns of a Scored."""
+    def __init__(self, model: GPT, settings, process, logits=None, table=None, lessons=(None, 0)) -> None:
+        """`logits`: `model.logits`, perhaps compiled, for the fast path; `table`: columns of a Scored.
+
+        `lessons`: the last two parameters of TestTimeTraining."""
+        self.lessons = (model, settings, process, *lessons)
+        self.learner = TestTimeTraining(*self.lessons) if settings.ttt_last_blocks else None
         self.model, self.settings, self.process, self.table = model, settings, process, table
         self.logits, self.past, self.slow, self.neural = logits or model.logits, None, None, None
 
@@ -2286,7 +2389,8 @@ class Scorer:
         known = recall(ids, s) if s.ngram_cache == "exact" else None
         proposals = known.proposals if known else ids.new_empty((0, len(ids) - 1))
         if table is None:
-            chunks = list(score_stream(self.logits, tokens, s, s.eval_stride, process, "score", proposals))
+            stream = (self.logits, tokens, s, s.eval_stride, process, "score", proposals, self.learner)
+            chunks = list(score_stream(*stream))
             table = hand_over(chunks, len(ids) - 1, len(proposals) + beside, process)
         mixture = Mixture(table[0] * process.is_main, {"neural": 1.0}, None, 0.0)
         if known and process.is_main:
@@ -2301,18 +2405,19 @@ class Scorer:
         """Return the distribution (V,) float64 of the token after `past`, by the slow path.
 
         Unless `past` goes on from the last call's, the slow path starts where the gate's chunk began."""
-        first = len(past)
-        if not np.array_equal(past[:-1], self.past):
-            self.slow, self.neural = None, NeuralSteps(self.model, self.settings, self.process)
-            if self.settings.ngram_cache == "exact":
+        first, exact, self.past, before = len(past), self.settings.ngram_cache == "exact", past, self.past
+        if not np.array_equal(past[:-1], before):
+            if exact:
                 begin = max(c.start for c in plan_chunks(len(past), self.settings.cache_chunk_tokens))
-                first, start = begin + 1, past[: begin + 1]
-                scored = self.score(start, None if self.table is None else self.table[:, :begin])
-                self.slow = SlowCache(start, scored.table[0], scored.mixture, self.settings)
+                first = begin + 1
+                scored = self.score(past[:first], None if self.table is None else self.table[:, :begin])
+                self.slow = SlowCache(past[:first], scored.table[0], scored.mixture, self.settings)
+            if self.neural is None or not np.array_equal(past[:first][: len(before)], before):
+                self.neural = NeuralSteps(*self.lessons)
+            self.neural.place = (0, 0)
         for stop in range(first, len(past) + 1):
             row = self.neural.row(past[:stop])
-            row = self.slow.predict(past[:stop], row) if self.slow else np.exp(row)
-        self.past = past
+            row = self.slow.predict(past[:stop], row) if exact else np.exp(row)
         return row
 
 
@@ -2433,19 +2538,15 @@ def audit_spans(predict, again, tokens: np.ndarray, prices: np.ndarray, spans) -
     return found, coded
 
 
-def audit_scorer(scorer, decoder, tokens: np.ndarray, prices: np.ndarray, spans) -> tuple[dict, list[bytes]]:
-    """Return what `audit_spans` does, and whether prices of the first targets know of those to come."""
-    head, random, changes = tokens[: AUDIT_HEAD + 1], np.random.default_rng(0), [0.0]
-    vocab_size, again = len(scorer.predict(tokens[:1])), scorer.prices(head)
+def audit_causal(prices, head: np.ndarray, vocab_size: int) -> float:
+    """Return the largest change of a price in `prices(head)` when tokens at or behind it change."""
+    random, before, changes = np.random.default_rng(0), prices(head), [0.0]
     for target in random.integers(len(head) - 1, size=FLIPS).tolist():
         altered = head.astype(np.int64)
         altered[target + 1 :] += random.integers(1, vocab_size, len(head) - 1 - target)
-        flipped = scorer.prices((altered % vocab_size).astype(head.dtype))
-        changes.append(deviation(flipped[:target], again[:target]))
-    found, coded = audit_spans(scorer.predict, decoder.predict, tokens, prices, spans)
-    found["causal"] = [max(changes), 1e-6]
-    found["prefix"] = [deviation(again, prices[: len(head) - 1]), 1e-5]
-    return found, coded
+        flipped = prices((altered % vocab_size).astype(head.dtype))
+        changes.append(deviation(flipped[:target], before[:target]))
+    return max(changes)
 
 
 def audit_recorded(settings: Settings) -> dict[str, list[float]]:
@@ -2532,14 +2633,20 @@ def audit_run(
     begins = [chunk.start for chunk in plan_chunks(total, s.cache_chunk_tokens)]
     border = next((b for b in begins if b >= 2 * total // 3 + LATE_TARGETS // 2), total)
     late = max(border - LATE_TARGETS // 2, min(HEAD_TARGETS, total))
-    spans = [range(late)[:HEAD_TARGETS], range(late, total)[:LATE_TARGETS]][: 1 + (late < total)]
-    spread = [range(b, b + 1) for b in begins[:: len(begins) // AUDIT_SPREAD + 1] if b < late]
+    spread = [b for b in begins[:: len(begins) // AUDIT_SPREAD + 1] if HEAD_TARGETS <= b < late]
+    spans = [range(late)[:HEAD_TARGETS], *(range(b, b + 1) for b in spread)]  # ascending: one replay
+    spans += [range(late, total)[:LATE_TARGETS]] if late < total else []
 
     def fresh(logits=None, table=None, **changes: object) -> Scorer:
-        return Scorer(model, dataclasses.replace(s, **changes), alone, logits, table)
+        lessons = (dataset.size_of, total)
+        return Scorer(model, dataclasses.replace(s, **changes), alone, logits, table, lessons)
 
     before, head = scored.table[:, :late], tokens[: AUDIT_HEAD + 1]
-    found, coded = audit_scorer(fresh(table=before), fresh(table=before), tokens, prices, spans + spread)
+    encoder, decoder = (fresh(table=before).predict for _ in range(2))
+    found, coded = audit_spans(encoder, decoder, tokens, prices, spans)
+    brisk = fresh(ttt_chunk_tokens=min(s.ttt_chunk_tokens, max(s.window, AUDIT_HEAD // 4)))
+    found["causal"] = [audit_causal(brisk.prices, head, s.vocab_size), 1e-6]
+    found["prefix"] = [deviation(fresh().prices(head), prices[: len(head) - 1]), 1e-5]
     if alone.device.type == "cuda":  # in bfloat16 a step of one token and a batch round differently
         found["fast is slow"][1] = found["prefix"][1] = 0.5
     neural, closed = fresh(ngram_cache="none").prices(head), fresh(cache_lr=0.0).prices(head)
@@ -2555,8 +2662,8 @@ def audit_run(
         held_out = hashlib.sha256(dataset.stream.batch(trained["steps"], 0).numpy()).hexdigest()
         found["selection"] = [int(trained["held_out_sha256"] != held_out), 0]
     found |= audit_data(dataset, score, Path(s.data_path))
-    write_atomically(log.folder / "receipt.bin", b"".join(coded[: len(spans)]))
-    pairs = zip(spans, coded, strict=False)
+    pairs = [(spans[at], coded[at]) for at in (0, -1)[: len(spans)]]
+    write_atomically(log.folder / "receipt.bin", b"".join(data for _, data in pairs))
     receipt = [{"first": span[0], "targets": len(span), "bytes": len(data)} for span, data in pairs]
     return audit_report(found, log, started, receipt=receipt)
 
@@ -2572,6 +2679,7 @@ def run_codec(settings: Settings, process: Process, artifact: Artifact) -> None:
     tokenizer = artifact.tokenizer or Tokenizer.load(Path(settings.tokenizer_path))
     if tokenizer.sha256 != artifact.tokenizer_sha256:
         raise DataError(f"TOKENIZER_PATH={settings.tokenizer_path} is not the artifact's tokenizer; set that")
+    settings = dataclasses.replace(settings, ttt_last_blocks=0, polyak_decay=0.0)  # off in the codec
     scorer = Scorer(load_model(artifact, settings, process), settings, process)
     packs, data = settings.codec == "compress", Path(settings.input).read_bytes()
     try:
@@ -2628,10 +2736,11 @@ def load_batches(stream: TokenStream, step: int, process: Process) -> list[Tenso
 def warm_up(model: GPT, losses, stream: TokenStream, process: Process, log: Log) -> None:
     """Prime compiler and caches by WARMUP_STEPS real steps of each of `losses`, then restore the weights."""
     saved = {name: weight.clone() for name, weight in model.state_dict().items()}
-    steps, optimizers = stream.settings.warmup_steps, Optimizers(model, stream.settings, process)
+    settings, steps = stream.settings, stream.settings.warmup_steps
+    optimizers = Optimizers(*parameter_groups(model, settings), settings, process)
     for step in range(steps * len(losses)):
         optimizers.gather(losses[step // steps], load_batches(stream, step, process))
-        optimizers.step(1.0, stream.settings.muon_momentum)
+        optimizers.step(1.0, settings.muon_momentum)
         log.line(f"warmup_step:{step + 1}/{steps * len(losses)}")
     model.load_state_dict(saved)
 
@@ -2663,7 +2772,8 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
     oracle = PseudoOracle(settings, process) if settings.gate_head else None
     losses = [oracle.beside(loss) for loss in losses] if oracle else losses
     warm_up(model, losses, stream, process, log)
-    optimizers, averages = Optimizers(model, settings, process), Averages(model, settings)
+    optimizers = Optimizers(*parameter_groups(model, settings), settings, process)
+    averages = Averages(model, settings)
     clock, watch = Clock(process), LossWatch()
     quantized, before_ms, every = False, 0.0, settings.train_log_every
     if oracle:
@@ -2719,7 +2829,9 @@ def evaluate(artifact, dataset, settings, process, log, compiled, path, trained)
     tokens, rule, clock = dataset.val_tokens, PSEUDO_RULES.get(settings.pseudo), Clock(process)
     model = load_model(artifact, settings, process)
     body = model.logits if settings.pseudo == "none" else pseudo_logits(model)
-    scorer = Scorer(model, settings, process, torch.compile(body, dynamic=False) if compiled else body)
+    logits = torch.compile(body, dynamic=False) if compiled else body
+    lessons = (dataset.size_of, len(dataset.target_bytes))
+    scorer = Scorer(model, settings, process, logits, None, lessons)
     scored = scorer.score(tokens, beside=rule.beside if rule else 0)
     priced = (chunk._replace(logp=scored.mixture.logp[chunk.positions]) for chunk in scored.chunks)
     score = account(priced, dataset.target_bytes, process)
@@ -2730,6 +2842,9 @@ def evaluate(artifact, dataset, settings, process, log, compiled, path, trained)
             return numbers
         if settings.ngram_cache == "exact":
             numbers |= log_cache(scored, dataset, log)
+        if learner := scorer.learner:
+            adaptive = sum(map(torch.numel, learner.live))
+            log.event("ttt", adaptive_parameters=adaptive, largest_change=learner.moved)
         log.event("score", window=settings.window, stride=settings.eval_stride, **score._asdict())
         if rule:
             beside, neural = scored.table[-rule.beside :].t() if rule.beside else None, scored.table[:2]

@@ -108,7 +108,11 @@ def bench_steps(settings: train_gpt.Settings, process: train_gpt.Process) -> dic
     torch.manual_seed(0)
     model = train_gpt.GPT(settings).to(process.device)
     loss = training_loss(model, settings, process)
-    optimizers, averages = train_gpt.Optimizers(model, settings, process), train_gpt.Averages(model, settings)
+    groups = train_gpt.parameter_groups(model, settings)
+    optimizers, averages = (
+        train_gpt.Optimizers(*groups, settings, process),
+        train_gpt.Averages(model, settings),
+    )
     rows = settings.train_batch_tokens // settings.micro_batch_slots // settings.train_seq_len
     shape = (settings.micro_batch_slots, rows, settings.train_seq_len + 1)
     batches = list(torch.randint(0, settings.vocab_size, shape, dtype=torch.int32))

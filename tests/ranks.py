@@ -26,7 +26,7 @@ def train(settings, process):
     torch.manual_seed(0)
     model = train_gpt.GPT(settings)
     loss_of = model if settings.qat_start == "off" else train_gpt.QuantizationAware(model, settings)
-    optimizers = train_gpt.Optimizers(model, settings, process)
+    optimizers = train_gpt.Optimizers(*train_gpt.parameter_groups(model, settings), settings, process)
     generator = torch.Generator().manual_seed(1)
     for _ in range(4):
         slots = torch.randint(0, 384, (2, 4, 33), generator=generator, dtype=torch.int32)

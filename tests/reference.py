@@ -1,5 +1,6 @@
 """Slow, obvious twins of what train_gpt.py does fast. Written differently on purpose; float64 throughout."""
 
+import copy
 import itertools
 import math
 
@@ -554,3 +555,53 @@ def oracle_ratios(shards, batch, block, buckets, top=7):
                 if context >= 2:
                     result[b, t - 1, n - 2] = min(pair, context) / context
     return result
+
+
+def adapted_prices(model, tokens, sizes, settings, rows_of_a_step, micro_batches):
+    """Price tokens one window at a time by a model that learns from every chunk once it is priced.
+
+    Plain autograd, torch.optim and lists; `sizes` are the bytes of all tokens but the first."""
+    s, model = settings, copy.deepcopy(model)
+    total, T, C = len(tokens) - 1, s.window, s.ttt_chunk_tokens
+    tokens = torch.as_tensor(tokens.astype("int64"))
+    sizes = torch.as_tensor(sizes.astype("float64"))
+    queries = [f"blocks.{i}.attn.c_q.weight" for i in range(s.num_layers)][s.num_layers - s.ttt_last_blocks :]
+    adaptive = {n: p for n, p in model.named_parameters() if n in queries or "scale" in n}
+    trained = {n: p.detach().clone() for n, p in adaptive.items()}
+    average = {n: p.detach().clone() for n, p in adaptive.items()}
+    adam = torch.optim.AdamW(adaptive.values(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    chunks, prices = math.ceil(total / C), []
+    plan = windows(total, T, s.eval_stride)
+    for chunk in range(chunks):
+        for start, first, stop in plan:
+            if first // C == chunk:
+                rows = model.logits(tokens[start:stop][None])[0].double().log_softmax(-1)
+                prices += [rows[i - start, tokens[i + 1]].item() for i in range(first, stop)]
+        if chunk == chunks - 1:
+            break
+        for name, parameter in adaptive.items():
+            parameter.data.copy_(trained[name])
+        begins = [min(begin, C - T) + chunk * C for begin in range(0, C, T)]
+        adam.param_groups[0]["lr"] = s.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / (chunks - 1)))
+        for _ in range(s.ttt_epochs):
+            for at in range(0, len(begins), rows_of_a_step):
+                step, losses = begins[at : at + rows_of_a_step], []
+                size = math.ceil(rows_of_a_step / micro_batches)
+                for part in range(0, len(step), size):
+                    nats, weights = 0.0, 0.0
+                    for begin in step[part : part + size]:
+                        row = model.logits(tokens[begin : begin + T][None])[0].double().log_softmax(-1)
+                        for i in range(T):
+                            nats = nats - row[i, tokens[begin + i + 1]] * sizes[begin + i]
+                            weights += float(sizes[begin + i])
+                    losses.append(nats / max(weights, 1.0))
+                adam.zero_grad()
+                (sum(losses) / len(losses)).backward()
+                torch.nn.utils.clip_grad_norm_(adaptive.values(), 1.0)
+                adam.step()
+                for name, parameter in adaptive.items():
+                    average[name].mul_(s.polyak_decay).add_(parameter.detach(), alpha=1 - s.polyak_decay)
+        for name, parameter in adaptive.items():
+            trained[name].copy_(parameter.detach())
+            parameter.data.copy_(average[name])
+    return prices

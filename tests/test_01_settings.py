@@ -66,6 +66,17 @@ def test_hand_set_wins_over_recipe():
         ({"VAL_BATCH_SIZE": "1024"}, ["VAL_BATCH_SIZE=1024", "MICRO_BATCH_SLOTS windows", "8192"]),
         ({"EVAL_STRIDE": "2000"}, ["EVAL_STRIDE=2000", "at most the scoring window", "1024"]),
         ({"XSA_LAST_N": "10"}, ["XSA_LAST_N=10", "at most NUM_LAYERS", "9"]),
+        ({"TTT_LAST_BLOCKS": "10"}, ["TTT_LAST_BLOCKS=10", "at most NUM_LAYERS", "9"]),
+        (
+            {"TTT_LAST_BLOCKS": "1", "TTT_CHUNK_TOKENS": "1023"},
+            ["TTT_CHUNK_TOKENS=1023", "at least the scoring window", "1024"],
+        ),
+        ({"POLYAK_DECAY": "0.9"}, ["POLYAK_DECAY=0.9", "0 without (TTT_LAST_BLOCKS)"]),
+        (
+            {"TTT_FREEZE_BLOCKS": "2"},
+            ["TTT_FREEZE_BLOCKS='2'", "set TTT_LAST_BLOCKS", "#779 and #834 count those", "#864 the first"],
+        ),
+        ({"QTTT": "1"}, ["QTTT='1'", "set TTT_LAST_BLOCKS"]),
         ({"VE_LAYERS": "3,9"}, ["VE_LAYERS='3,9'", "numbers below NUM_LAYERS", "9"]),
         ({"VE_LAYERS": "3,x"}, ["VE_LAYERS='3,x'", "numbers below NUM_LAYERS"]),
         ({"ROPE_DIMS": "66"}, ["ROPE_DIMS=66", "at most a head's channels", "64"]),
@@ -235,6 +246,11 @@ ACTS = {
     "OUTPUT": "elsewhere",
     "RUN_ID": "named",
     "RUN_DIR": "elsewhere",
+    "TTT_LAST_BLOCKS": "1",
+    "TTT_CHUNK_TOKENS": "64",
+    "TTT_LR": "0.01",
+    "TTT_EPOCHS": "2",
+    "POLYAK_DECAY": "0.9",
     "NGRAM_CACHE": "none",
     "CACHE_MAX_ORDER": "2",
     "CACHE_DOCUMENT_ORDER": "0",
@@ -262,6 +278,8 @@ BASE |= {name: {"QAT_START": "step0"} for name in ("SOFT_ROUND_QAT", "CROWN_Q_LA
 SWA = {"AVERAGE": "swa", "SWA_EVERY": "1", "SWA_START_SCALE": "2"}
 BASE |= {"AVERAGE": SWA | {"AVERAGE": "ema"}, "SWA_SOURCE": SWA, "SWA_EVERY": SWA, "SWA_START_SCALE": SWA}
 BASE |= {"TRAIN_LOG_EVERY": {"ITERATIONS": "12", "TRAIN_LOG_EVERY": "0"}}
+LEARNING = {"TTT_LAST_BLOCKS": "2", "TTT_CHUNK_TOKENS": "256"}
+BASE |= dict.fromkeys(("TTT_CHUNK_TOKENS", "TTT_LR", "TTT_EPOCHS", "POLYAK_DECAY"), LEARNING)
 PSEUDO = {"PSEUDO": "pr864", "NGRAM_CHUNK_TOKENS": "50"}
 # With PSEUDO=pr834 or not at all: without it the run is refused; test_13_run.py sees what it does.
 BASE |= {"GATE_HEAD": {"PSEUDO": "pr834", "GATE_HEAD": "1"}}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import train_gpt
-from train_gpt import GPT, Muon, Optimizers, Settings
+from train_gpt import GPT, Muon, Optimizers, Settings, parameter_groups
 
 
 def settings_of(**changes):
@@ -72,7 +72,7 @@ def model_and_optimizers(process, **changes):
     torch.manual_seed(0)
     settings = settings_of(**changes)
     model = GPT(settings)
-    return model, Optimizers(model, settings, process)
+    return model, Optimizers(*parameter_groups(model, settings), settings, process)
 
 
 @pytest.mark.parametrize("tied", ["0", "1"])

@@ -1,4 +1,4 @@
-"""NEURAL SCORING: every target once, one account. Run alone: pytest tests/test_08_scoring.py"""
+"""NEURAL SCORING: each target once, one account, learning after it. Alone: pytest tests/test_08_scoring.py"""
 
 import math
 
@@ -223,3 +223,165 @@ def test_float64_sums_of_many_small_prices(process):
     chunks = (ScoredChunk(positions, positions, price, price, price[None][:0]) for positions in places)
     score = account(chunks, np.ones(10_000_000, np.int8), process)
     assert score.val_loss == pytest.approx(float(-price[0].double()), rel=1e-12)
+
+
+# Test-time training: scored, then learned from, chunk by chunk.
+
+ADAPTING = {
+    "RECIPE": "smoke",
+    "VOCAB_SIZE": "50",
+    "TRAIN_SEQ_LEN": "8",
+    "EVAL_STRIDE": "3",
+    "VAL_BATCH_SIZE": "32",  # two micro-batches of two rows: a step is four rows
+    "BIGRAM_VOCAB_SIZE": "20",
+    "VE_LAYERS": "1",
+    "TTT_LAST_BLOCKS": "1",
+    "TTT_CHUNK_TOKENS": "40",
+    "TTT_LR": "0.02",
+    "SEED": "1",
+}
+SIZES = np.random.default_rng(9).integers(0, 5, 50)
+
+
+def sizes_of(tokens):
+    """Bytes of tokens but the first, some of them none."""
+    return SIZES[tokens[1:]]
+
+
+def noisy_model(settings):
+    """A model whose attention and gates do something."""
+    torch.manual_seed(0)
+    model = GPT(settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def adapted(tokens, process, total=None, **changes):
+    """Return prices of tokens, their model, and the learner."""
+    settings = Settings.from_env(ADAPTING | changes)
+    model = noisy_model(settings)
+    learner = train_gpt.TestTimeTraining(model, settings, process, sizes_of, total or len(tokens) - 1)
+    stream = score_stream(
+        model.logits, tokens, settings, settings.eval_stride, process, "test", None, learner
+    )
+    return collect(stream).logp, model, learner
+
+
+def text_of(length, seed=0):
+    return np.random.default_rng(seed).integers(0, 50, length).astype(np.uint16)
+
+
+VARIED = {
+    "one block": {},
+    "all blocks": {"TTT_LAST_BLOCKS": "3"},
+    "three epochs": {"TTT_EPOCHS": "3"},
+    "average": {"POLYAK_DECAY": "0.7", "TTT_EPOCHS": "2"},
+    "chunks that rows do not fill": {"TTT_CHUNK_TOKENS": "45"},
+    "chunks of one window": {"TTT_CHUNK_TOKENS": "8"},
+    "long chunks": {"TTT_CHUNK_TOKENS": "100"},
+}
+
+
+@pytest.mark.parametrize("length", [2, 9, 41, 42, 131])
+@pytest.mark.parametrize("name", VARIED)
+def test_test_time_training_is_the_slow_twins(process, name, length):
+    tokens = text_of(length)
+    prices, model, learner = adapted(tokens, process, **VARIED[name])
+    settings = learner.settings
+    expected = reference.adapted_prices(model.double(), tokens, sizes_of(tokens), settings, 4, 2)
+    # Adam divides gradients by their size, so what float32 rounds away shows.
+    assert prices.tolist() == pytest.approx(expected, abs=2e-4)
+    plain, chunk = one_by_one(model, tokens, 8, 3)[0], settings.ttt_chunk_tokens
+    assert prices[:chunk].tolist() == pytest.approx(plain[:chunk], abs=2e-5)
+    assert length <= chunk + 3 or np.abs(np.subtract(prices, plain)).max() > 0.01
+
+
+def test_the_model_comes_back_as_it_was_and_may_be_scored_again(process):
+    tokens = text_of(131)
+    first, model, learner = adapted(tokens, process, POLYAK_DECAY="0.5")
+    assert 0.001 < learner.moved < 1
+    kept = noisy_model(learner.settings).state_dict()
+    assert all(weight.equal(kept[name]) for name, weight in model.state_dict().items())
+    stream = (model.logits, tokens, learner.settings, 3, process, "test", None, learner)
+    assert collect(score_stream(*stream)).logp.equal(first)
+
+
+def test_only_queries_of_the_last_blocks_and_scales_adapt(process, monkeypatch):
+    changed = {}
+
+    def learn(self, tokens, chunk):
+        before = {name: weight.clone() for name, weight in self.model.state_dict().items()}
+        original(self, tokens, chunk)
+        after = self.model.state_dict()
+        changed[chunk] = {name for name, weight in before.items() if not weight.equal(after[name])}
+
+    original = train_gpt.TestTimeTraining.learn
+    monkeypatch.setattr(train_gpt.TestTimeTraining, "learn", learn)
+    adapted(text_of(131), process, TTT_LAST_BLOCKS="2")
+    scales = {f"blocks.{block}.{name}_scale" for block in range(3) for name in ("attn", "mlp")}
+    scales |= {"bigram.scale", "ve_shared.scale", "ve_layer_scales"}
+    expected = scales | {"blocks.1.attn.c_q.weight", "blocks.2.attn.c_q.weight"}
+    assert changed == {0: expected, 1: expected, 2: expected}  # of four chunks the last is never learned
+
+
+def flips(price, tokens, places):
+    """Return how far prices of earlier targets move when all tokens behind a target change."""
+    before, moved = price(tokens), []
+    for target in places:
+        altered = tokens.copy()
+        altered[target + 1 :] = (altered[target + 1 :] + 7) % 50
+        moved.append(float((price(altered) - before)[:target].abs().max()))
+    return moved
+
+
+def test_later_tokens_change_no_earlier_price_of_a_model_that_learns(process, monkeypatch):
+    """Bit for bit, wherever the change is: inside a chunk, at its first and its last target."""
+    tokens, places = text_of(131), [1, 39, 40, 41, 50, 79, 80, 119, 125]
+    price = lambda tokens: adapted(tokens, process, TTT_EPOCHS="2", POLYAK_DECAY="0.5")[0]  # noqa: E731
+    assert flips(price, tokens, places) == [0.0] * len(places)
+
+    altered = tokens.copy()
+    altered[10] = (altered[10] + 1) % 50
+    prices, others = price(tokens), price(altered)
+    assert not prices[60:].equal(others[60:])  # but what was learned from changes what comes
+
+    learn = train_gpt.TestTimeTraining.learn
+    monkeypatch.setattr(
+        train_gpt.TestTimeTraining, "learn", lambda self, tokens, chunk: learn(self, tokens, chunk + 1)
+    )
+    text = text_of(161)
+    assert max(flips(price, text, places)) > 1e-3  # the saboteur: a chunk is learned before it is priced
+
+
+def test_how_much_is_still_to_come_changes_no_price_once_it_is_stated(process):
+    """The rate falls over the chunks of the whole; a stream cut short learns at the same rates."""
+    tokens = text_of(131)
+    whole = adapted(tokens, process)[0]
+    for length in (2, 40, 41, 60, 81, 100):
+        part = adapted(tokens[: length + 1], process, total=130)[0]
+        assert part.tolist() == pytest.approx(whole[:length].tolist(), abs=1e-6)
+
+
+def test_a_rate_of_zero_is_no_training(process):
+    tokens = text_of(131)
+    settings = Settings.from_env(ADAPTING)
+    plain = collect(score_stream(noisy_model(settings).logits, tokens, settings, 3, process, "test")).logp
+    parts = [adapted(tokens, process, TTT_LR="0")[0], plain]
+    assert parts[0].tolist() == pytest.approx(parts[1].tolist(), abs=1e-6)
+
+
+SWITCHES = {
+    "TTT_LAST_BLOCKS": "2",
+    "TTT_CHUNK_TOKENS": "32",
+    "TTT_LR": "0.01",
+    "TTT_EPOCHS": "2",
+    "POLYAK_DECAY": "0.5",
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_every_setting_of_test_time_training_acts(process, name):
+    tokens = text_of(131)
+    assert not adapted(tokens, process)[0].allclose(adapted(tokens, process, **{name: SWITCHES[name]})[0])

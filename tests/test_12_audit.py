@@ -15,7 +15,7 @@ import pytest
 import reference
 import text
 import torch
-from conftest import REPOSITORY, make_documents, result_of
+from conftest import REPOSITORY, make_documents, metrics_of, result_of
 from test_03_data import write_shard
 from test_09_counts import random_tokens, settings_for
 from test_10_mixture import counted_itself, neural_rows, stream_of
@@ -522,6 +522,22 @@ def trained_on_the_chunk_first(patch, env):
     patch.setattr(train_gpt, "score_windows", cheat)
 
 
+LEARNING = {"TTT_LAST_BLOCKS": "1", "TTT_CHUNK_TOKENS": "96", "TTT_LR": "0.01", "POLYAK_DECAY": "0.5"}
+
+
+def next_chunk_learned_too(patch, env):
+    """The real test-time training, one chunk ahead wherever that chunk is at hand."""
+    learn = train_gpt.TestTimeTraining.learn
+
+    def cheat(self, tokens, chunk):
+        learn(self, tokens, chunk)
+        if len(tokens) > (chunk + 2) * self.settings.ttt_chunk_tokens:
+            learn(self, tokens, chunk + 1)
+
+    patch.setattr(train_gpt.TestTimeTraining, "learn", cheat)
+    env |= LEARNING
+
+
 def sums_to_102_percent(patch, env):
     """Two experts whose weights add up to 1.02, in both paths."""
     never_worse, predict = train_gpt.never_worse, SlowCache.predict
@@ -582,6 +598,7 @@ SABOTEURS = {
     "byte fallback counted as three bytes": (bytes_by(three_bytes), "bytes", False),
     "sentinels counted as text": (bytes_by(sentinels_as_text), "bytes", False),
     "test-time training on the chunk before scoring": (trained_on_the_chunk_first, "causal", False),
+    "the next chunk learned before it is scored": (next_chunk_learned_too, "causal", False),
     "unnormalised mixture that sums to 1.02": (sums_to_102_percent, "normalised", True),
     "normaliser taken from future positions": (future_normaliser, "causal", False),
     "score of a model other than the artifact": (other_weights, "artifact", False),
@@ -643,6 +660,12 @@ HONEST = {
     "other seed": {"SEED": "5", "AVERAGE": "best", "SWA_EVERY": "1", "SWA_START_SCALE": "2"},
     "no cache": {"NGRAM_CACHE": "none"},
     "closed gate": {"CACHE_LR": "0"},
+    "test-time training": LEARNING,
+    "test-time training of all queries, no cache": {
+        **LEARNING,
+        "TTT_LAST_BLOCKS": "2",
+        "NGRAM_CACHE": "none",
+    },
 }
 
 
@@ -656,6 +679,9 @@ def test_honest_variants_pass(name, training, scoring, world):
     assert main(env) == 0
     report = report_of(env)
     assert report["passed"] and report["broken"] == []
+    if "TTT_LAST_BLOCKS" in env:
+        (event,) = metrics_of(env, "ttt")
+        assert 1e-4 < event["largest_change"] < 1
     assert ("selection" in report["conditions"]) == ("EVAL_ONLY" not in env)
     assert ("disjoint" in report["conditions"]) == (name != "the contest's bytes")
 

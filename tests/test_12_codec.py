@@ -92,6 +92,11 @@ def test_round_trip_with_other_scoring_settings(more, tiny_artifact, tmp_path, c
     assert not (tmp_path / "other").exists()
 
 
+def test_test_time_training_is_off(tiny_artifact, tmp_path):
+    text, learning = TEXTS["line ends"] + ENGLISH, {"TTT_LAST_BLOCKS": "1", "TTT_CHUNK_TOKENS": "32"}
+    assert round_trip(tiny_artifact, tmp_path, text, **learning) == round_trip(tiny_artifact, tmp_path, text)
+
+
 def test_repetition_is_cheap(tiny_artifact, tmp_path):
     """The cache learns from what has been coded: a second copy costs a fraction of the first."""
     once, twice = (round_trip(tiny_artifact, tmp_path, n * TEXTS["source code"]) for n in (1, 2))

@@ -271,6 +271,24 @@ def test_two_ranks_train_and_score_as_one(env, tmp_path):
     assert again["val_loss"] == pytest.approx(second["val_loss"], abs=1e-6)
 
 
+def test_two_ranks_learn_what_they_score_as_one(env, tmp_path):
+    """Test-time training, and the audit of it: rank 0 alone goes through all that both have learned."""
+    learning = {"TTT_LAST_BLOCKS": "1", "TTT_CHUNK_TOKENS": "128", "TTT_LR": "0.02", "POLYAK_DECAY": "0.5"}
+    assert main(env) == 0
+    artifact = str(Path(env["RUN_DIR"]) / "artifact.bin")
+    env |= {**learning, "EVAL_ONLY": artifact, "AUDIT": "1"}
+    one, two = ({**env, "RUN_DIR": str(tmp_path / name)} for name in ("one", "two"))
+    assert main(one) == 0
+    done = torchrun(2, "train_gpt.py", env=two)
+    assert done.returncode == 0, done.stderr
+    plain = {**env, "TTT_LAST_BLOCKS": "0", "POLYAK_DECAY": "0", "RUN_DIR": str(tmp_path / "plain")}
+    assert main({**plain, "AUDIT": "0"}) == 0
+    losses = [result_of(run)["val_loss"] for run in (one, two, plain)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    assert abs(losses[2] - losses[0]) > 1e-4
+    assert metrics_of(two, "ttt")[0]["largest_change"] > 1e-3
+
+
 @pytest.mark.parametrize("warmup", ["0", "3"])
 def test_a_fault_on_one_rank_is_one_message_on_all(env, dataset_dir, tmp_path, warmup):
     """Only rank 1 reads the bad token; rank 0 says it, both end with code 5, nobody hangs."""
@@ -638,6 +656,7 @@ def test_a_submission_runs_end_to_end_at_full_size(recipe, dataset_dir, tmp_path
     }
     env |= {"SWA_EVERY": "1", "SWA_START_SCALE": "2", "WARMDOWN_ITERS": "4"}
     env |= {"QAT_START": "time:0.5"} if recipe == "pr864" else {}
+    env |= {"TTT_CHUNK_TOKENS": "2048"} if recipe in ("pr779", "pr834") else {}
     code = "import resource, sys, os, train_gpt; code = train_gpt.main(os.environ); "
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
     command = [sys.executable, "-c", code]
@@ -648,6 +667,8 @@ def test_a_submission_runs_end_to_end_at_full_size(recipe, dataset_dir, tmp_path
     assert FINAL_LINE.fullmatch(final)
     assert int(kilobytes) < 16 * 2**20
     assert metrics_of(env, "qat")
+    learned = [event["adaptive_parameters"] for event in metrics_of(env, "ttt")]
+    assert learned == {"pr779": [273_412], "pr834": [273_412]}.get(recipe, [])
     assert metrics_of(env, "average")[0]["swa_snapshots"] == 2
     assert math.isfinite(result_of(env)["val_loss"])
     assert result_of(env)["total_bytes"] < 16_000_000

@@ -106,7 +106,7 @@ ELEVEN = f"{REFERENCE} {LAYERS} ROPE_DIMS=16 ROPE_NTK_LENGTH=1024"
 WIDE = f"""{ELEVEN} NUM_KV_HEADS=8 MLP_MULT=3.5 LN_SCALE=norm VE_LAYERS=9,10 XSA_LAST_N=11
     MATRIX_INIT=scaled QAT_START=scale:0.5 MATRIX_BITS=5"""
 PRUNED = f"""{WIDE} BIGRAM_VOCAB_SIZE=6144 MAX_WALLCLOCK_SECONDS=582 PRUNE_PCT=0.08 CROWN_Q_LAMBDA=0.01
-    TTT_LAST_BLOCKS=1 TTT_CHUNK_TOKENS=1048576 TTT_LR=3e-5"""
+    TTT_LAST_BLOCKS=1 TTT_CHUNK_TOKENS=1048576 TTT_BATCH_SEQS=256 TTT_LR=3e-5"""
 RECIPES = {
     "baseline": "",  # the contest's, 9 layers, 17,059,912 parameters: every default
     # Two CPU cores, two minutes on the standard library's source; records/README.md says what was tried.
@@ -286,6 +286,7 @@ class Settings:
     ttt_chunk_tokens: int = setting(32_768, "targets priced before they adapt", 1, stored="scoring")
     ttt_lr: float = setting(0.0005, "AdamW, what adapts, falling to 0", 0.0, 1.0, stored="scoring")
     ttt_epochs: int = setting(1, "passes over each priced chunk", 1, 1_000, stored="scoring")
+    ttt_batch_seqs: int = setting(32, "windows of one of its steps", 1, 2**20, stored="scoring")
     polyak_decay: float = setting(0.0, "average of what adapts; 0: off", 0.0, 0.999999, stored="scoring")
     # hashed pseudo-scores; 0 is the rule's own value
     pseudo: str = choice("none pr864 pr890 pr779 pr810 pr834", "hashed evaluator to show")
@@ -1503,9 +1504,9 @@ def score_windows(
 class TestTimeTraining:
     """A model that learns from targets already priced (#779, #834): queries of its last blocks, all scales.
 
-    After chunk k of n, but the last: TTT_EPOCHS of AdamW at TTT_LR * (1 + cos(pi k / (n - 1))) / 2 on the
-    chunk's sum(nll * bytes) / sum(bytes), over all ranks. What scores is the average of a rate 1 -
-    POLYAK_DECAY over the steps. n counts chunks of `total` targets: a number that is no part of the text."""
+    After chunk k of n, but the last: AdamW at TTT_LR * (1 + cos(pi k / (n - 1))) / 2 on sum(nll * bytes) /
+    sum(bytes) of TTT_BATCH_SEQS windows a step, shared out over the ranks. What scores is a = POLYAK_DECAY *
+    a + (1 - POLYAK_DECAY) * weights. n is that of `total` targets: how long a text is, is no part of it."""
 
     def __init__(self, model: GPT, settings: Settings, process: Process, size_of, total: int) -> None:
         """`size_of(tokens)`: bytes of all tokens but the first, as in the account."""
@@ -1531,26 +1532,24 @@ class TestTimeTraining:
             torch._foreach_copy_(weights, self.kept)
 
     def loss(self, share: float, ids: Tensor, targets: Tensor) -> Tensor:
-        """Return `share` of the mean nats per byte; (2, B, T): token ids, and their bytes."""
-        logits, weights = self.model.logits(ids[0]).flatten(0, 1), targets[1].flatten()
-        nll = F.cross_entropy(logits, targets[0].flatten(), reduction="none")
-        return share * (nll * weights).sum() / weights.sum().clamp(min=1)
+        """Return share * sum(nll * bytes); ids and targets (2, B, T) are token ids, then their bytes."""
+        nll = F.cross_entropy(self.model.logits(ids[0]).flatten(0, 1), targets[0].flatten(), reduction="none")
+        return share * (nll * targets[1].flatten()).sum()
 
     def learn(self, tokens: np.ndarray, chunk: int) -> None:
         """Adapt to chunk number `chunk` of `tokens`, of which no target is still to be priced."""
-        s, process, first = self.settings, self.process, chunk * self.settings.ttt_chunk_tokens
-        tokens = tokens[first : first + s.ttt_chunk_tokens + 1].astype(np.int32)
-        starts = np.arange(0, s.ttt_chunk_tokens, s.window).clip(max=s.ttt_chunk_tokens - s.window)
+        s, process, length = self.settings, self.process, self.settings.ttt_chunk_tokens
+        tokens = tokens[chunk * length : (chunk + 1) * length + 1].astype(np.int32)
         pairs = np.stack((tokens, np.append(0, self.size_of(tokens)).astype(np.int32)))
+        starts = np.arange(0, length, s.window).clip(max=length - s.window)
         rows = torch.from_numpy(pairs[:, starts[:, None] + np.arange(s.window + 1)])  # (2, rows, T + 1)
         batch = s.val_batch_size // s.micro_batch_slots // s.window
-        scale = (1 + math.cos(math.pi * chunk / self.last)) / 2
         torch._foreach_copy_(self.live, self.trained)
-        for step in rows.split(s.micro_batch_slots * batch, dim=1) * s.ttt_epochs:
-            parts = step.split(batch, dim=1)
-            loss = functools.partial(self.loss, s.micro_batch_slots / len(parts))
-            self.optimizers.gather(loss, parts[process.rank :: process.world_size])
-            self.optimizers.step(scale, 0.0)
+        for step in rows.split(s.ttt_batch_seqs, dim=1) * s.ttt_epochs:
+            share = s.micro_batch_slots / max(int(step[1, :, 1:].sum()), 1)
+            own = step.split(batch, dim=1)[process.rank :: process.world_size]
+            self.optimizers.gather(functools.partial(self.loss, share), own)
+            self.optimizers.step((1 + math.cos(math.pi * chunk / self.last)) / 2, 0.0)
             torch._foreach_lerp_(self.average, self.live, 1 - s.polyak_decay)
         torch._foreach_copy_(self.trained, self.live)
         torch._foreach_copy_(self.live, self.average)

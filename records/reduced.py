@@ -1,11 +1,11 @@
-"""Train a model of reduced width on a folder of sample data, as train_gpt.py trains: what the records share.
+"""Train a model of reduced width on a folder of data, as train_gpt.py trains: what the records share.
 
-The folder holds mix_train_000000.bin (shuffled documents of technical and other English text) and the
-contest's tokenizer of 1,024 pieces; its name comes from SAMPLE_DATA. Training reads 16 places of the shard
-(or a multiple) side by side; the last 2,048 tokens before each next of the 16 are held out. No validation
-split is read. A seed stands for initial weights and for the place where training starts to read: runs of
-one seed see the same tokens in the same order. Runs are limited by steps, never by the clock, so a busy
-machine changes nothing.
+The folder holds one training shard and its tokenizer. It is that of SAMPLE_DATA (mix_train_000000.bin,
+shuffled documents of technical and other English text, and the contest's tokenizer of 1,024 pieces) or that
+of `make data` (the standard library's source). Training reads 16 places of the shard (or a multiple) side by
+side; the last 2,048 tokens before each next of the 16 are held out. No validation split is read. A seed
+stands for initial weights and for the place where training starts to read: runs of one seed see the same
+tokens in the same order. Runs are limited by steps, never by the clock, so a busy machine changes nothing.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Shifted(train_gpt.TokenStream):
 
 def open_data(folder: Path, settings: train_gpt.Settings) -> train_gpt.Dataset:
     """Return the dataset of `settings`: its training stream, and held-out training tokens to score."""
-    tokenizer = train_gpt.Tokenizer.load(folder / "fineweb_1024_bpe.model")
-    stream = Shifted([folder / "mix_train_000000.bin"], settings)
+    tokenizer = train_gpt.Tokenizer.load(*folder.glob("*.model"))
+    stream = Shifted(train_gpt.find_shards(folder, "train"), settings)
     stream.shift = SEED_SHIFT * (settings.seed - 1)
     lane, tokens = stream.total // LANES, stream.shards[0]
     read = stream.shift + settings.iterations * settings.train_batch_tokens // settings.data_lanes
@@ -123,12 +123,12 @@ def sample_folder() -> Path:
     return Path(folder)
 
 
-def train_reduced(variables: dict[str, str], seed: int) -> Trained:
-    """Train once on the sample data with one thread."""
+def train_reduced(variables: dict[str, str], seed: int, folder: Path | None = None) -> Trained:
+    """Train once on `folder`, by default that of the sample data, with one thread."""
     torch.set_num_threads(1)
     settings = train_gpt.Settings.from_env({**variables, "SEED": str(seed)})
     with train_gpt.open_process({}, settings) as process:
-        dataset, log = open_data(sample_folder(), settings), Recorder()
+        dataset, log = open_data(folder or sample_folder(), settings), Recorder()
         weights, _ = train_gpt.train(dataset, settings, process, log, compiled=False)
     parameters = sum(weight.numel() for weight in weights.values())
     return Trained(weights, settings, dataset, process, log, parameters)

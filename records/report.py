@@ -128,13 +128,14 @@ def floor_table() -> str:
 
 def curves_table() -> str:
     """Return the table of the five recipes at reduced width."""
-    recipes = json.loads((RECORDS / "curves.json").read_text())["recipes"]
-    rows = ["| recipe | parameters | quantized from step | held-out loss | after quantization | artifact |"]
-    rows.append("| --- " * 6 + "|")
-    for name, v in recipes.items():
-        losses = f"{v['held_out_loss']:.4f} | {v['held_out_loss_quantized']:.4f}"
-        size = f"{v['artifact_bytes']:,} bytes"
-        rows.append(f"| {name} | {v['parameters']:,} | {v['qat_step']} | {losses} | {size} |")
+    texts = json.loads((RECORDS / "curves.json").read_text())["texts"]
+    head = ("text", "recipe", "parameters", "quantized from step", "held-out loss", "after quantization")
+    rows = [f"| {' | '.join((*head, 'artifact'))} |", "| --- " * 7 + "|"]
+    for text, recipes in texts.items():
+        for name, v in recipes.items():
+            losses = f"{v['held_out_loss']:.4f} | {v['held_out_loss_quantized']:.4f}"
+            size = f"{v['artifact_bytes']:,} bytes"
+            rows.append(f"| {text} | {name} | {v['parameters']:,} | {v['qat_step']} | {losses} | {size} |")
     return "\n".join(rows)
 
 
@@ -209,31 +210,32 @@ def buckets_svg() -> str:
 
 
 def curves_svg() -> str:
-    """Return the picture of the five recipes' training losses at reduced width."""
+    """Return the picture of the five recipes' training losses at reduced width, a panel for each text."""
     report = json.loads((RECORDS / "curves.json").read_text())
-    curves = {name: figures["train_loss"] for name, figures in report["recipes"].items()}
-    steps = report["every"] * max(map(len, curves.values()))
-    top, bottom = math.ceil(max(map(max, curves.values()))), math.floor(min(map(min, curves.values())))
-    left, width, height, base = 60, 600, 220, 260
+    lines = [figures["train_loss"] for recipes in report["texts"].values() for figures in recipes.values()]
+    steps = report["every"] * max(map(len, lines))
+    top, bottom = math.ceil(max(map(max, lines))), math.floor(min(map(min, lines)))
+    width, height, base = 280, 220, 260
     parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 310" font-family="sans-serif"']
     parts.append(' font-size="12"><rect width="760" height="310" fill="white"/>')
-    title = f"training loss, nats per token, mean of {report['every']} steps"
-    parts.append(f'<text x="{left}" y="22" font-size="14">{title}</text>')
-    for loss in range(bottom, top + 1):
-        y = base - height * (loss - bottom) / (top - bottom)
-        parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{loss}</text>')
-    for step in range(0, steps + 1, 100):
-        x = left + width * step / steps
-        parts.append(f'<text x="{x:.1f}" y="{base + 18}" text-anchor="middle">{step}</text>')
-    parts.append(f'<text x="{left + width / 2}" y="{base + 38}" text-anchor="middle">steps</text>')
-    for place, (name, losses) in enumerate(curves.items()):
-        colour, points = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280")[place], []
-        for index, loss in enumerate(losses):
-            x = left + width * report["every"] * (index + 0.5) / steps
-            points.append(f"{x:.1f},{base - height * (loss - bottom) / (top - bottom):.1f}")
-        parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}"/>')
-        parts.append(f'<text x="680" y="{60 + 20 * place}" fill="{colour}">{name}</text>')
+    for left, (text, recipes) in zip((40, 370), report["texts"].items(), strict=True):
+        title = f"{text}: training loss, nats per token, mean of {report['every']} steps"
+        parts.append(f'<text x="{left}" y="22">{title}</text>')
+        for loss in range(bottom, top + 1):
+            y = base - height * (loss - bottom) / (top - bottom)
+            parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
+            parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{loss}</text>')
+        for step in range(0, steps + 1, 100):
+            x = left + width * step / steps
+            parts.append(f'<text x="{x:.1f}" y="{base + 18}" text-anchor="middle">{step}</text>')
+        parts.append(f'<text x="{left + width / 2}" y="{base + 38}" text-anchor="middle">steps</text>')
+        for place, (name, figures) in enumerate(recipes.items()):
+            colour, points = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280")[place], []
+            for index, loss in enumerate(figures["train_loss"]):
+                x = left + width * report["every"] * (index + 0.5) / steps
+                points.append(f"{x:.1f},{base - height * (loss - bottom) / (top - bottom):.1f}")
+            parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}"/>')
+            parts.append(f'<text x="690" y="{60 + 20 * place}" fill="{colour}">{name}</text>')
     return "".join(parts) + "</svg>\n"
 
 

@@ -557,7 +557,7 @@ def oracle_ratios(shards, batch, block, buckets, top=7):
     return result
 
 
-def adapted_prices(model, tokens, sizes, settings, rows_of_a_step, micro_batches):
+def adapted_prices(model, tokens, sizes, settings):
     """Price tokens one window at a time by a model that learns from every chunk once it is priced.
 
     Plain autograd, torch.optim and lists; `sizes` are the bytes of all tokens but the first."""
@@ -584,19 +584,15 @@ def adapted_prices(model, tokens, sizes, settings, rows_of_a_step, micro_batches
         begins = [min(begin, C - T) + chunk * C for begin in range(0, C, T)]
         adam.param_groups[0]["lr"] = s.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / (chunks - 1)))
         for _ in range(s.ttt_epochs):
-            for at in range(0, len(begins), rows_of_a_step):
-                step, losses = begins[at : at + rows_of_a_step], []
-                size = math.ceil(rows_of_a_step / micro_batches)
-                for part in range(0, len(step), size):
-                    nats, weights = 0.0, 0.0
-                    for begin in step[part : part + size]:
-                        row = model.logits(tokens[begin : begin + T][None])[0].double().log_softmax(-1)
-                        for i in range(T):
-                            nats = nats - row[i, tokens[begin + i + 1]] * sizes[begin + i]
-                            weights += float(sizes[begin + i])
-                    losses.append(nats / max(weights, 1.0))
+            for at in range(0, len(begins), s.ttt_batch_seqs):
+                nats, weights = 0.0, 0.0
+                for begin in begins[at : at + s.ttt_batch_seqs]:
+                    row = model.logits(tokens[begin : begin + T][None])[0].double().log_softmax(-1)
+                    for i in range(T):
+                        nats = nats - row[i, tokens[begin + i + 1]] * sizes[begin + i]
+                        weights += float(sizes[begin + i])
                 adam.zero_grad()
-                (sum(losses) / len(losses)).backward()
+                (nats / max(weights, 1.0)).backward()
                 torch.nn.utils.clip_grad_norm_(adaptive.values(), 1.0)
                 adam.step()
                 for name, parameter in adaptive.items():

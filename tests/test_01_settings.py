@@ -250,6 +250,7 @@ ACTS = {
     "TTT_CHUNK_TOKENS": "64",
     "TTT_LR": "0.01",
     "TTT_EPOCHS": "2",
+    "TTT_BATCH_SEQS": "4",
     "POLYAK_DECAY": "0.9",
     "NGRAM_CACHE": "none",
     "CACHE_MAX_ORDER": "2",
@@ -279,7 +280,9 @@ SWA = {"AVERAGE": "swa", "SWA_EVERY": "1", "SWA_START_SCALE": "2"}
 BASE |= {"AVERAGE": SWA | {"AVERAGE": "ema"}, "SWA_SOURCE": SWA, "SWA_EVERY": SWA, "SWA_START_SCALE": SWA}
 BASE |= {"TRAIN_LOG_EVERY": {"ITERATIONS": "12", "TRAIN_LOG_EVERY": "0"}}
 LEARNING = {"TTT_LAST_BLOCKS": "2", "TTT_CHUNK_TOKENS": "256"}
-BASE |= dict.fromkeys(("TTT_CHUNK_TOKENS", "TTT_LR", "TTT_EPOCHS", "POLYAK_DECAY"), LEARNING)
+BASE |= dict.fromkeys(
+    ("TTT_CHUNK_TOKENS", "TTT_LR", "TTT_EPOCHS", "TTT_BATCH_SEQS", "POLYAK_DECAY"), LEARNING
+)
 PSEUDO = {"PSEUDO": "pr864", "NGRAM_CHUNK_TOKENS": "50"}
 # With PSEUDO=pr834 or not at all: without it the run is refused; test_13_run.py sees what it does.
 BASE |= {"GATE_HEAD": {"PSEUDO": "pr834", "GATE_HEAD": "1"}}

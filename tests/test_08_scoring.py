@@ -232,7 +232,8 @@ ADAPTING = {
     "VOCAB_SIZE": "50",
     "TRAIN_SEQ_LEN": "8",
     "EVAL_STRIDE": "3",
-    "VAL_BATCH_SIZE": "32",  # two micro-batches of two rows: a step is four rows
+    "VAL_BATCH_SIZE": "32",  # two rows a pass
+    "TTT_BATCH_SEQS": "3",
     "BIGRAM_VOCAB_SIZE": "20",
     "VE_LAYERS": "1",
     "TTT_LAST_BLOCKS": "1",
@@ -277,6 +278,7 @@ VARIED = {
     "one block": {},
     "all blocks": {"TTT_LAST_BLOCKS": "3"},
     "three epochs": {"TTT_EPOCHS": "3"},
+    "long steps": {"TTT_BATCH_SEQS": "100"},
     "average": {"POLYAK_DECAY": "0.7", "TTT_EPOCHS": "2"},
     "chunks that rows do not fill": {"TTT_CHUNK_TOKENS": "45"},
     "chunks of one window": {"TTT_CHUNK_TOKENS": "8"},
@@ -290,7 +292,7 @@ def test_test_time_training_is_the_slow_twins(process, name, length):
     tokens = text_of(length)
     prices, model, learner = adapted(tokens, process, **VARIED[name])
     settings = learner.settings
-    expected = reference.adapted_prices(model.double(), tokens, sizes_of(tokens), settings, 4, 2)
+    expected = reference.adapted_prices(model.double(), tokens, sizes_of(tokens), settings)
     # Adam divides gradients by their size, so what float32 rounds away shows.
     assert prices.tolist() == pytest.approx(expected, abs=2e-4)
     plain, chunk = one_by_one(model, tokens, 8, 3)[0], settings.ttt_chunk_tokens
@@ -377,6 +379,7 @@ SWITCHES = {
     "TTT_CHUNK_TOKENS": "32",
     "TTT_LR": "0.01",
     "TTT_EPOCHS": "2",
+    "TTT_BATCH_SEQS": "2",
     "POLYAK_DECAY": "0.5",
 }
 
@@ -385,3 +388,10 @@ SWITCHES = {
 def test_every_setting_of_test_time_training_acts(process, name):
     tokens = text_of(131)
     assert not adapted(tokens, process)[0].allclose(adapted(tokens, process, **{name: SWITCHES[name]})[0])
+
+
+@pytest.mark.parametrize(("slots", "batch"), [("1", "8"), ("1", "64"), ("4", "32")])
+def test_how_a_step_is_cut_into_passes_changes_nothing(process, slots, batch):
+    """An artifact is scored alike on any machine: sizes of passes are no part of the score."""
+    tokens, changes = text_of(131), {"MICRO_BATCH_SLOTS": slots, "VAL_BATCH_SIZE": batch}
+    assert adapted(tokens, process)[0].allclose(adapted(tokens, process, **changes)[0], atol=1e-4)

@@ -126,17 +126,18 @@ def test_floor_has_every_quantizer_with_and_without_training_for_it():
     train_gpt.Settings.from_env(reduced.variables_of(floor.BASE))
 
 
+@pytest.mark.parametrize("text", curves.TEXTS)
 @pytest.mark.parametrize("recipe", curves.RECIPES)
-def test_stored_curves_decrease_over_several_hundred_steps(recipe):
+def test_stored_curves_decrease_over_several_hundred_steps(recipe, text):
     """Smoothed over 50 steps the loss never rises by a tenth of a nat, and ends far below its start."""
     report = stored(curves)
-    losses, every = report["recipes"][recipe]["train_loss"], report["every"]
+    losses, every = report["texts"][text][recipe]["train_loss"], report["every"]
     assert len(losses) * every >= 300
     smooth = [statistics.mean(losses[at : at + 5]) for at in range(len(losses) - 4)]
     assert max(after - before for before, after in zip(smooth, smooth[5:], strict=False)) < 0.1
     assert smooth[-1] < smooth[0] - 1.0
     assert report["changes"] == " ".join(curves.CHANGES.split())
-    settings = train_gpt.Settings.from_env(curves.variables_of(recipe))
+    settings = train_gpt.Settings.from_env(curves.variables_of(recipe, text))
     assert settings.iterations == len(losses) * every
 
 

@@ -1122,9 +1122,7 @@ def parameter_groups(model: GPT, settings: Settings) -> tuple[list[dict], list[n
 class Optimizers:
     """Both optimizers; AdamW's gradients are a buffer that ends with the loss: one sum averages them all."""
 
-    def __init__(
-        self, groups: list[dict], matrices: list[nn.Parameter], settings: Settings, process: Process
-    ) -> None:
+    def __init__(self, groups: list[dict], matrices: list, settings: Settings, process: Process) -> None:
         self.settings, self.process, s = settings, process, settings
         others = [p for group in groups for p in group["params"]]
         sizes = [parameter.numel() for parameter in others]
@@ -1470,9 +1468,7 @@ class ScoredChunk(NamedTuple):
     beside: Tensor  # (K, n) float32: log-probabilities of proposals, 0 for none, then further columns
 
 
-def score_windows(
-    logits, tokens: np.ndarray, plan: np.ndarray, settings: Settings, process: Process, label: str
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def score_windows(logits, tokens: np.ndarray, plan: np.ndarray, settings, process, label) -> Iterator[tuple]:
     """Yield targets (n,) that windows of `plan` price, their rows of log-probabilities (n, V), and the rest.
 
     `logits(ids, last)` is GPT.logits or `pseudo_logits`, perhaps compiled. Every pass has one of two shapes:
@@ -1555,10 +1551,8 @@ class TestTimeTraining:
         torch._foreach_copy_(self.live, self.average)
 
 
-def score_stream(
-    logits, tokens: np.ndarray, settings, stride: int, process: Process, label, proposals=None, learner=None
-) -> Iterator[ScoredChunk]:
-    """Yield this rank's share of all targets of `tokens` (N + 1,); `proposals` (K, N): tokens priced too.
+def score_stream(logits, tokens, settings, stride, process, label, proposals=None, learner=None) -> Iterator:
+    """Yield this rank's ScoredChunks of all targets of `tokens` (N + 1,); `proposals` (K, N) are priced too.
 
     `learner`, of the model behind `logits`, learns from each chunk once all of its windows are scored."""
     total, size = len(tokens) - 1, settings.ttt_chunk_tokens
@@ -1592,24 +1586,27 @@ class Score(NamedTuple):
     bytes: int
 
 
-def account(chunks: Iterable[ScoredChunk], target_bytes: np.ndarray, process: Process) -> Score:
-    """Return the account of a stream: all ranks' `chunks`, the bytes (N,) of its targets; sums in float64.
-
-    Raises DataError unless every target is priced exactly once, NonFiniteError where the sum is no number."""
-    total, size = len(target_bytes), int(target_bytes.sum())
-    nats = torch.zeros((), dtype=torch.float64, device=process.device)
-    times_priced = torch.zeros(total, dtype=torch.int32, device=process.device)
+def gather_prices(chunks: Iterable[ScoredChunk], total: int, rows: int, process: Process) -> Tensor:
+    """Return what all ranks scored, by position, (3 + rows, total) float32: times, logp, entropy, beside."""
+    table = torch.zeros((3 + rows, total), device=process.device)
     for chunk in chunks:
-        nats -= chunk.logp.double().sum()
-        times_priced.index_add_(0, chunk.positions, torch.ones_like(chunk.positions, dtype=torch.int32))
-    nats, wrong = process.sum(nats).item(), int((process.sum(times_priced) != 1).sum())
+        columns = (torch.ones_like(chunk.logp), chunk.logp, chunk.entropy, *chunk.beside)
+        table.index_add_(1, chunk.positions, torch.stack(columns).float())
+    return process.sum(table)
+
+
+def account(times: Tensor, logp: Tensor, target_bytes: np.ndarray) -> Score:
+    """Return the account of targets (N,) with prices `logp` and `target_bytes`; the sum is in float64.
+
+    Raises DataError unless `times` has each target priced once, NonFiniteError where the sum is no number."""
+    nats, size, wrong = -logp.double().sum().item(), int(target_bytes.sum()), int((times != 1).sum())
     if wrong:
-        raise DataError(f"{wrong} of {total} targets were not priced exactly once; mend the plan")
+        raise DataError(f"{wrong} of {len(times)} targets were not priced exactly once; mend the plan")
     if not math.isfinite(nats):
         raise NonFiniteError(f"the score is {nats} nats; the artifact's weights are unusable, train anew")
     if size == 0:
         raise DataError("the validation targets have no bytes; set TOKENIZER_PATH to the shards' own")
-    return Score(nats / total, bits_per_byte(nats, size), int(times_priced.sum()), size)
+    return Score(nats / len(times), bits_per_byte(nats, size), len(times), size)
 
 
 # ============================================================================================================
@@ -1877,8 +1874,7 @@ class Mixture(NamedTuple):
 class Scored(NamedTuple):
     """A stream scored by all ranks."""
 
-    chunks: list[ScoredChunk]  # this rank's, at the neural model's prices
-    table: Tensor  # (2 + K + ..., N) float32: neural price, entropy, prices of proposals, what stood beside
+    table: Tensor  # of `gather_prices`: times, neural price, entropy, prices of proposals, what stood beside
     mixture: Mixture
 
 
@@ -1915,14 +1911,6 @@ def mix_stream(tokens: Tensor, logp: Tensor, entropy: Tensor, settings: Settings
     """Return the log-probabilities (N,) float32 of the targets of a recorded stream, tokens (N + 1,)."""
     tokens, logp, entropy = map(torch.as_tensor, (tokens, logp, entropy))
     return mix_prices(tokens, recall(tokens, settings), logp, entropy, None, settings)[0]
-
-
-def hand_over(chunks: list[ScoredChunk], total: int, rows: int, process: Process) -> Tensor:
-    """Return what all ranks scored, by position: (2 + rows, total) float32: logp, entropy, beside."""
-    table = torch.zeros((2 + rows, total), device=process.device)
-    for chunk in chunks:
-        table.index_copy_(1, chunk.positions, torch.stack((chunk.logp, chunk.entropy, *chunk.beside)).float())
-    return process.sum(table)  # each position comes from one rank, zeros from the others
 
 
 def gain_interval(saved: np.ndarray, target_bytes: np.ndarray, document: np.ndarray) -> list[float]:
@@ -2383,18 +2371,17 @@ class Scorer:
 
         Counting needs only tokens and comes first: what it expects, the model prices as well. Rank 0 mixes,
         so the score does not depend on the number of ranks."""
-        s, process, chunks = self.settings, self.process, []
+        s, process = self.settings, self.process
         ids = torch.from_numpy(tokens.astype(np.int32)).to(process.device)
         known = recall(ids, s) if s.ngram_cache == "exact" else None
         proposals = known.proposals if known else ids.new_empty((0, len(ids) - 1))
         if table is None:
             stream = (self.logits, tokens, s, s.eval_stride, process, "score", proposals, self.learner)
-            chunks = list(score_stream(*stream))
-            table = hand_over(chunks, len(ids) - 1, len(proposals) + beside, process)
-        mixture = Mixture(table[0] * process.is_main, {"neural": 1.0}, None, 0.0)
+            table = gather_prices(score_stream(*stream), len(ids) - 1, len(proposals) + beside, process)
+        mixture = Mixture(table[1] * process.is_main, {"neural": 1.0}, None, 0.0)
         if known and process.is_main:
-            mixture = mix_prices(ids, known, table[0], table[1], table[2 : 2 + len(proposals)], s)
-        return Scored(chunks, table, mixture._replace(logp=process.sum(mixture.logp)))
+            mixture = mix_prices(ids, known, *table[1:3], table[3 : 3 + len(proposals)], s)
+        return Scored(table, mixture._replace(logp=process.sum(mixture.logp)))
 
     def prices(self, tokens: np.ndarray) -> np.ndarray:
         """Return the log-probability (N,) of every target of `tokens` (N + 1,), in nats."""
@@ -2410,7 +2397,7 @@ class Scorer:
                 begin = max(c.start for c in plan_chunks(len(past), self.settings.cache_chunk_tokens))
                 first = begin + 1
                 scored = self.score(past[:first], None if self.table is None else self.table[:, :begin])
-                self.slow = SlowCache(past[:first], scored.table[0], scored.mixture, self.settings)
+                self.slow = SlowCache(past[:first], scored.table[1], scored.mixture, self.settings)
             if self.neural is None or not np.array_equal(past[:first][: len(before)], before):
                 self.neural = NeuralSteps(*self.lessons)
             self.neural.place = (0, 0)
@@ -2618,9 +2605,7 @@ def audit_report(found: dict[str, list[float]], log: Log, started: float, **more
     return verdict
 
 
-def audit_run(
-    scorer: Scorer, scored: Scored, score: Score, path: Path, dataset: Dataset, log: Log, trained: dict
-) -> str:
+def audit_run(scorer: Scorer, scored: Scored, score: Score, path, dataset: Dataset, log: Log, trained) -> str:
     """Prove on the artifact at `path` that `score` is a code length; return what is broken, "" if nothing is.
 
     Writes audit.json and receipt.bin beside each other. Two fresh scorers of the file on disk take the parts
@@ -2652,7 +2637,7 @@ def audit_run(
     flat = fresh(lambda ids, last: ids.new_zeros((len(ids), last, s.vocab_size)).float(), ngram_cache="none")
     found["gate closed"] = [deviation(closed, neural), 0.0]
     found["uniform"] = [deviation(flat.prices(head), np.full_like(neural, -math.log(s.vocab_size))), 1e-6]
-    found["coverage"] = [abs(score.tokens - total), 0]
+    found["coverage"] = [int((scored.table[0] != 1).sum()), 0]
     bpb = bits_per_byte(-prices.sum(dtype=np.float64), score.bytes)
     found["ledger"] = [abs(score.val_bpb - bpb), 1e-6]
     used = {name: weight.cpu().numpy() for name, weight in scorer.model.state_dict().items()}
@@ -2788,7 +2773,8 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
         if finished or (settings.val_loss_every and step % settings.val_loss_every == 0):
             clock.stop()
             chunks = score_stream(logits, dataset.val_tokens, settings, settings.window, process, "validate")
-            val_loss, val_bpb, *_ = account(chunks, dataset.target_bytes, process)
+            table = gather_prices(chunks, len(dataset.target_bytes), 0, process)
+            val_loss, val_bpb, *_ = account(table[0], table[1], dataset.target_bytes)
             log.step("validation", step, total, clock.total_ms, val_loss=val_loss, val_bpb=val_bpb)
             if finished:
                 break
@@ -2809,7 +2795,7 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
 
 def log_cache(scored: Scored, dataset: Dataset, log: Log) -> dict[str, object]:
     """Log what the cache gained over the neural prices: by document, by family, along the stream."""
-    bits = -torch.stack((scored.table[0], scored.mixture.logp)).double().cpu().numpy() / math.log(2)  # (2, N)
+    bits = -torch.stack((scored.table[1], scored.mixture.logp)).double().cpu().numpy() / math.log(2)  # (2, N)
     size, markers = dataset.target_bytes.astype(np.float64), dataset.val_tokens[:-1] == MARKER_ID
     document = np.cumsum(markers) - markers[0]  # the first document is number 0, marker or not
     alone, mixed = (bits.sum(axis=1) / size.sum()).tolist()
@@ -2832,8 +2818,7 @@ def evaluate(artifact, dataset, settings, process, log, compiled, path, trained)
     lessons = (dataset.size_of, len(dataset.target_bytes))
     scorer = Scorer(model, settings, process, logits, None, lessons)
     scored = scorer.score(tokens, beside=rule.beside if rule else 0)
-    priced = (chunk._replace(logp=scored.mixture.logp[chunk.positions]) for chunk in scored.chunks)
-    score = account(priced, dataset.target_bytes, process)
+    score = account(scored.table[0], scored.mixture.logp, dataset.target_bytes)
     clock.stop()  # what follows describes the score, or is none
     numbers = score._asdict() | {"eval_seconds": clock.total_ms / 1000}
     with process.together():
@@ -2846,7 +2831,7 @@ def evaluate(artifact, dataset, settings, process, log, compiled, path, trained)
             log.event("ttt", adaptive_parameters=adaptive, largest_change=learner.moved)
         log.event("score", window=settings.window, stride=settings.eval_stride, **score._asdict())
         if rule:
-            beside, neural = scored.table[-rule.beside :].t() if rule.beside else None, scored.table[:2]
+            beside, neural = scored.table[-rule.beside :].t() if rule.beside else None, scored.table[1:3]
             line, figures = pseudo_report(tokens, *neural, dataset.target_bytes, settings, beside)
             log.event("pseudo", line, **figures)
         if dataset.manifest and score.bytes <= 8_000_000:  # above, xz would take minutes

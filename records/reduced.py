@@ -103,7 +103,8 @@ class Trained(NamedTuple):
         model.load_state_dict(weights)
         tokens, s = self.dataset.val_tokens, self.settings
         chunks = train_gpt.score_stream(model.logits, tokens, s, s.window, self.process, "score")
-        return train_gpt.account(chunks, self.dataset.target_bytes, self.process).val_loss
+        table = train_gpt.gather_prices(chunks, len(tokens) - 1, 0, self.process)
+        return train_gpt.account(table[0], table[1], self.dataset.target_bytes).val_loss
 
     def raw_loss(self) -> float:
         """Return the held-out loss of the weights without average or quantization."""

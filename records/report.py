@@ -126,6 +126,16 @@ def floor_table() -> str:
     return "\n".join(rows)
 
 
+def adaptation_table() -> str:
+    """Return the table of test-time training at reduced width."""
+    variants = json.loads((RECORDS / "adaptation.json").read_text())["variants"]
+    rows = ["| what adapts | loss | difference | seconds |", "| --- " * 4 + "|"]
+    for name, v in variants.items():
+        change = f"{v['loss'] - variants['off']['loss']:+.4f}" if name != "off" else ""
+        rows.append(f"| {name} | {v['loss']:.4f} | {change} | {v['seconds']:.1f} |")
+    return "\n".join(rows)
+
+
 def curves_table() -> str:
     """Return the table of the five recipes at reduced width."""
     texts = json.loads((RECORDS / "curves.json").read_text())["texts"]
@@ -289,6 +299,7 @@ BLOCKS = {
     "ablation": ablation_table,
     "curves": curves_table,
     "floor": floor_table,
+    "adaptation": adaptation_table,
 }
 
 

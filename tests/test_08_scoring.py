@@ -152,9 +152,15 @@ def test_uniform_model_scores_exactly_log2_of_the_vocabulary(process):
     chunks = list(priced(uniform, tokens, 32, 8, 4, process, 64))
     for chunk in chunks:
         assert chunk.entropy.tolist() == pytest.approx([math.log(64)] * len(chunk.entropy), rel=1e-6)
-    score = account(chunks, np.full(1000, 3), process)
+    score = account_of(chunks, np.full(1000, 3), process)
     assert score.val_loss == pytest.approx(math.log(64), rel=1e-7)
     assert score.val_bpb == pytest.approx(2.0, rel=1e-7)
+
+
+def account_of(chunks, sizes, process):
+    """Account of a stream's chunks."""
+    table = train_gpt.gather_prices(chunks, len(sizes), 0, process)
+    return account(table[0], table[1], sizes)
 
 
 def chunk_of(positions, logp):
@@ -165,7 +171,7 @@ def chunk_of(positions, logp):
 def test_a_figure_worked_by_hand(process):
     """Probabilities 1/2, 1/8, 1/4 cost 1 + 3 + 2 = 6 bits; over 4 + 0 + 5 = 9 bytes: 2/3 bit per byte."""
     chunks = chunk_of([2], [math.log(1 / 4)]), chunk_of([0, 1], [math.log(1 / 2), math.log(1 / 8)])
-    score = account(chunks, np.array([4, 0, 5]), process)
+    score = account_of(chunks, np.array([4, 0, 5]), process)
     assert score.val_bpb == pytest.approx(2 / 3, rel=1e-7)
     assert score.val_loss == pytest.approx(2 * math.log(2), rel=1e-7)
     assert (score.tokens, score.bytes) == (3, 9)
@@ -177,12 +183,12 @@ def test_a_figure_worked_by_hand(process):
 def test_account_refuses_targets_not_priced_exactly_once(process, positions, wrong):
     chunks = [chunk_of([position], [-1.0]) for position in positions]
     with pytest.raises(DataError, match=f"^{wrong} of 3 targets were not priced exactly once"):
-        account(chunks, np.ones(3), process)
+        account_of(chunks, np.ones(3), process)
 
 
 def test_account_counts_a_repeat_inside_one_chunk(process):
     with pytest.raises(DataError, match="1 of 2 targets"):
-        account([chunk_of([0, 0, 1], [-1.0, -1.0, -1.0])], np.ones(2), process)
+        account_of([chunk_of([0, 0, 1], [-1.0, -1.0, -1.0])], np.ones(2), process)
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -190,7 +196,7 @@ def test_account_is_not_fooled_by_a_counter_that_wraps(process, bits):
     """257 prices of one target look like one to a counter of 8 bits, 65,537 to one of 16."""
     repeats = 2**bits + 1
     with pytest.raises(DataError, match="1 of 2 targets were not priced exactly once"):
-        account([chunk_of([0] * repeats + [1], [-0.001] * (repeats + 1))], np.ones(2), process)
+        account_of([chunk_of([0] * repeats + [1], [-0.001] * (repeats + 1))], np.ones(2), process)
 
 
 def test_a_plan_that_skips_or_repeats_is_caught(process, monkeypatch):
@@ -200,7 +206,7 @@ def test_a_plan_that_skips_or_repeats_is_caught(process, monkeypatch):
 
     def total_with(bad):
         monkeypatch.setattr(train_gpt, "plan_windows", lambda *_: bad)
-        return account(priced(model.logits, tokens, 16, 4, 5, process), np.ones(49), process)
+        return account_of(priced(model.logits, tokens, 16, 4, 5, process), np.ones(49), process)
 
     total_with(plan)
     skipping = plan.copy()
@@ -212,16 +218,16 @@ def test_a_plan_that_skips_or_repeats_is_caught(process, monkeypatch):
 
 def test_account_refuses_scores_without_meaning(process):
     with pytest.raises(NonFiniteError, match="nan nats"):
-        account([chunk_of([0], [float("nan")])], np.ones(1), process)
+        account_of([chunk_of([0], [float("nan")])], np.ones(1), process)
     with pytest.raises(DataError, match="have no bytes"):
-        account([chunk_of([0], [-1.0])], np.zeros(1), process)
+        account_of([chunk_of([0], [-1.0])], np.zeros(1), process)
 
 
 def test_float64_sums_of_many_small_prices(process):
     """Ten million prices of 0.1 nats in chunks: float32 sums would be off in the fourth digit."""
     price, places = torch.full((1_000_000,), -0.1), torch.arange(10_000_000).split(1_000_000)
     chunks = (ScoredChunk(positions, positions, price, price, price[None][:0]) for positions in places)
-    score = account(chunks, np.ones(10_000_000, np.int8), process)
+    score = account_of(chunks, np.ones(10_000_000, np.int8), process)
     assert score.val_loss == pytest.approx(float(-price[0].double()), rel=1e-12)
 
 

@@ -121,8 +121,8 @@ class Pipeline:
         stream = train_gpt.score_stream(
             self.model.logits, array, self.settings, 5, self.process, "test", known.proposals
         )
-        rows = train_gpt.hand_over(list(stream), len(tokens) - 1, len(known.proposals), self.process)
-        logp, entropy, *proposed = rows
+        rows = train_gpt.gather_prices(stream, len(tokens) - 1, len(known.proposals), self.process)
+        _, logp, entropy, *proposed = rows
         return mix_prices(tokens, known, logp, entropy, torch.stack(proposed), self.settings)[0]
 
     def change_before(self, t, tokens):

@@ -258,8 +258,8 @@ def scored(settings, model, tokens, ranks=1, lost=()):
             rank=rank, world_size=ranks, device=share.device, sum=lambda table: table
         )
         stream = list(train_gpt.score_stream(logits, tokens, settings, 5, share, "test"))
-        parts.append(train_gpt.hand_over(stream, len(tokens) - 1, rule.beside, alone))
-    logp, entropy, *beside = sum(parts)
+        parts.append(train_gpt.gather_prices(stream, len(tokens) - 1, rule.beside, alone))
+    _, logp, entropy, *beside = sum(parts)
     return logp, entropy, torch.stack(beside, dim=1) if beside else None
 
 

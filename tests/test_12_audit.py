@@ -436,11 +436,9 @@ def two_passes(patch, env):
     patch.setattr(train_gpt, "recall", cheat)
 
 
-def unchecked_account(chunks, target_bytes, process):
+def unchecked_account(times, logp, target_bytes):
     """An evaluator's sums without the check: nats and tokens of whatever was priced."""
-    chunks, size = list(chunks), int(target_bytes.sum())
-    nats = -sum(float(chunk.logp.double().sum()) for chunk in chunks)
-    prices = sum(len(chunk.logp) for chunk in chunks)
+    nats, prices, size = -float(logp.double().sum()), int(times.sum()), int(target_bytes.sum())
     return Score(nats / prices, nats / math.log(2) / size, prices, size)
 
 

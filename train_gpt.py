@@ -1508,11 +1508,10 @@ class TestTimeTraining:
         """`size_of(tokens)`: bytes of all tokens but the first, as in the account."""
         self.model, self.settings, self.process, self.size_of = model, settings, process, size_of
         self.last = max((total - 1) // settings.ttt_chunk_tokens, 1)
-        blocks = range(settings.num_layers - settings.ttt_last_blocks, settings.num_layers)
+        blocks = range(settings.num_layers)[-settings.ttt_last_blocks :]
         names = {f"blocks.{block}.attn.c_q.weight" for block in blocks}
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_("scale" in name or name in names)
-        self.adaptive = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        named = model.requires_grad_(False).named_parameters()
+        self.adaptive = [p.requires_grad_() for name, p in named if "scale" in name or name in names]
         self.live = [parameter.detach() for parameter in self.adaptive]
         self.kept, self.trained, self.average = ([p.clone() for p in self.live] for _ in range(3))
         self.reset()

@@ -432,8 +432,7 @@ class Process:
 
     def synchronize(self) -> None:
         """Wait until the device has done everything it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        torch.get_device_module(self.device).synchronize(self.device)
 
     def precision(self) -> contextlib.AbstractContextManager:
         """Return the context of a forward pass: bfloat16 autocast on CUDA; float32 on CPU, faster there."""
@@ -695,15 +694,12 @@ def read_manifest(path: Path, hashes: dict[str, str], val_bytes: int) -> dict:
     """Return a manifest.json of data/text.py, its training split in `hashes`; DataError for a false one."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        val = manifest["splits"]["val"]
-        stated = {"tokenizer_sha256": manifest["tokenizer"]["sha256"], "val_sha256": val["sha256"]}
+        val, train, tokenizer = manifest["splits"]["val"], manifest["splits"]["train"], manifest["tokenizer"]
+        stated = {"tokenizer_sha256": tokenizer["sha256"], "val_sha256": val["sha256"]}
         if (stated, val["bytes"]) != (hashes, val_bytes):
             fault = f"another tokenizer or other shards: {val['bytes']} raw val bytes, {val_bytes} in tokens"
             raise DataError(f"{path} states {fault}; set TOKENIZER_PATH to it or make the shards anew")
-        hashes["train_sha256"], _ = (
-            manifest["splits"]["train"]["sha256"],
-            manifest["tokenizer"]["trained_here"],
-        )
+        hashes["train_sha256"], _ = train["sha256"], tokenizer["trained_here"]
         return manifest
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a manifest of data/text.py ({error!r}); make it anew") from error
@@ -1179,9 +1175,8 @@ class Averages:
 
     def moved(self, weights: dict[str, Tensor]) -> float:
         """Return |weights - live weights| / |live weights| over all parameters."""
-        pairs = [(value.double(), self.live[name].double()) for name, value in weights.items()]
-        change = sum(float((value - live).square().sum()) for value, live in pairs)
-        return math.sqrt(change / sum(float(live.square().sum()) for _, live in pairs))
+        new, live = (nn.utils.parameters_to_vector(of.values()).double() for of in (weights, self.live))
+        return float((new - live).norm() / live.norm())
 
 
 # ============================================================================================================

@@ -378,8 +378,7 @@ class Settings:
 # ============================================================================================================
 
 
-@dataclasses.dataclass(frozen=True)
-class Process:
+class Process(NamedTuple):
     """This process among its ranks. With one rank every method is the identity."""
 
     rank: int
@@ -694,12 +693,12 @@ def read_manifest(path: Path, hashes: dict[str, str], val_bytes: int) -> dict:
     """Return a manifest.json of data/text.py, its training split in `hashes`; DataError for a false one."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        val, train, tokenizer = manifest["splits"]["val"], manifest["splits"]["train"], manifest["tokenizer"]
+        val, other, tokenizer = manifest["splits"]["val"], manifest["splits"]["train"], manifest["tokenizer"]
         stated = {"tokenizer_sha256": tokenizer["sha256"], "val_sha256": val["sha256"]}
         if (stated, val["bytes"]) != (hashes, val_bytes):
             fault = f"another tokenizer or other shards: {val['bytes']} raw val bytes, {val_bytes} in tokens"
             raise DataError(f"{path} states {fault}; set TOKENIZER_PATH to it or make the shards anew")
-        hashes["train_sha256"], _ = train["sha256"], tokenizer["trained_here"]
+        hashes["train_sha256"], _ = other["sha256"], tokenizer["trained_here"]
         return manifest
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a manifest of data/text.py ({error!r}); make it anew") from error
@@ -820,8 +819,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, x0: Tensor, *carried: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the stream after this block and the first values; x, x0 (embedding) are (B, T, D)."""
-        mix = self.resid_mix.to(x.dtype)
-        start = mix[0] * x + mix[1] * x0
+        start = self.resid_mix[0].to(x.dtype) * x + self.resid_mix[1].to(x.dtype) * x0
         branch, first = self.attn(self.norm_scale * rms_norm(start), *carried)
         x = start + (self.branch_scale * self.attn_scale).to(x.dtype) * branch
         inner = F.leaky_relu(self.mlp.fc(self.norm_scale * rms_norm(x)), self.slope).square()
@@ -1062,8 +1060,7 @@ class Muon:
         self.settings, self.process, self.banks = settings, process, []
         groups = [[m for m in matrices if m.shape == s] for s in dict.fromkeys(m.shape for m in matrices)]
         for group in sorted(groups, key=lambda group: -len(group) * group[0].numel()):
-            padded = len(group) + -len(group) % process.world_size
-            gradient = torch.zeros(padded, *group[0].shape, device=process.device)
+            gradient = group[0].new_zeros(len(group) + -len(group) % process.world_size, *group[0].shape)
             self.banks.append(Bank(group, gradient, torch.zeros_like(process.own(gradient)), []))
             for matrix, view in zip(group, gradient, strict=False):
                 matrix.grad = view
@@ -1152,7 +1149,6 @@ class Averages:
         used = settings.ema_decay and (settings.average, settings.swa_source) != ("swa", "raw")
         self.ema = {name: p.float().clone() for name, p in self.live.items()} if used else {}
 
-    @torch.no_grad()
     def update(self, step: int, scale: float) -> None:
         """Take in the weights as they are after `step` steps, the last at learning-rate scale `scale`."""
         s, live, ema = self.settings, [p.float() for p in self.live.values()], list(self.ema.values())

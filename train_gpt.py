@@ -94,6 +94,12 @@ class NonFiniteError(RunError, exit_code=6):
     """A loss, a weight or a score is infinite or not a number."""
 
 
+def require(holds: bool, fault: str) -> None:
+    """Raise ValueError with the `fault` of what is read unless the condition `holds`."""
+    if not holds:
+        raise ValueError(fault)
+
+
 # Shared by the five references and ours; by the five; by four of them and ours; by four; three; two:
 COMMON = """TRAIN_SEQ_LEN=2048 WARMDOWN_ITERS=3500 TIED_EMBED_LR=0.035 MATRIX_LR=0.025 SCALAR_LR=0.025
     MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500
@@ -347,20 +353,13 @@ class Settings:
             if broken:
                 raise SettingError(f"{name}={vars(s)[name.lower()]!r} must be {rule} ({number}); change one")
 
-    @property
-    def head_dim(self) -> int:
-        """Channels of one attention head."""
-        return self.model_dim // self.num_heads
+    head_dim = property(lambda self: self.model_dim // self.num_heads, doc="Channels of one attention head.")
+    window = property(lambda self: self.eval_seq_len or self.train_seq_len, doc="Tokens of a scoring window.")
 
     @property
     def value_layers(self) -> tuple[float, ...]:
         """Blocks with a value embedding, in order; what is not a number lies beyond every model."""
         return tuple(sorted({int(x) if x.isdecimal() else math.inf for x in self.ve_layers.split(",") if x}))
-
-    @property
-    def window(self) -> int:
-        """Tokens of one scoring window."""
-        return self.eval_seq_len or self.train_seq_len
 
     def stored_values(self, kinds: tuple[str, ...] = ("shape", "scoring")) -> dict[str, object]:
         """Return what an artifact keeps: the settings its weights or its score depend on."""
@@ -385,10 +384,7 @@ class Process(NamedTuple):
     world_size: int
     device: torch.device
 
-    @property
-    def is_main(self) -> bool:
-        """True on the one rank that writes."""
-        return self.rank == 0
+    is_main = property(lambda self: self.rank == 0, doc="True on the one rank that writes.")
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add `tensor` over all ranks, in place, and return it."""
@@ -620,8 +616,7 @@ class Tokenizer:
             elif source:
                 self.model = sentencepiece.SentencePieceProcessor(model_proto=source)
                 self.pieces = [self._piece(token) for token in range(self.model.vocab_size())]
-            if not MARKER_ID < len(self.pieces) <= 2**16 or self.pieces[MARKER_ID]:
-                raise ValueError
+            require(MARKER_ID < len(self.pieces) <= 2**16 and not self.pieces[MARKER_ID], "no marker 1")
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError("neither a SentencePiece model with marker 1 nor pure bytes") from error
         self.byte_ids = {p[0]: token for token, p in reversed([*enumerate(self.pieces)]) if len(p) == 1}
@@ -636,9 +631,8 @@ class Tokenizer:
 
     def _piece(self, token: int) -> bytes:
         """Return a token's raw bytes: markers none, byte pieces one, others text with U+2581 as space."""
-        if self.model.is_control(token) or self.model.is_unknown(token) or self.model.is_unused(token):
-            return b""
-        text = self.model.id_to_piece(token).replace(WORD_START, " ")
+        marker = self.model.is_control(token) or self.model.is_unknown(token) or self.model.is_unused(token)
+        text = "" if marker else self.model.id_to_piece(token).replace(WORD_START, " ")
         return bytes.fromhex(text[3:5]) if self.model.is_byte(token) else text.encode()
 
     def target_bytes(self, tokens: np.ndarray, exact: bool) -> np.ndarray:
@@ -1309,12 +1303,6 @@ def compress_smallest(payload: bytes, compressor: str = "zstd") -> bytes:
     options = {"source_size": len(payload), "write_checksum": True}
     ways = [base(level, **options) for level in (1, 19, 22)] + [base(19, min_match=7, **options)]
     return min((zstandard.ZstdCompressor(compression_params=way).compress(payload) for way in ways), key=len)
-
-
-def require(holds: bool, fault: str) -> None:
-    """Raise ValueError with the `fault` of an artifact unless the condition `holds`."""
-    if not holds:
-        raise ValueError(fault)
 
 
 class Artifact(NamedTuple):

@@ -54,10 +54,9 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import zstandard
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
 # ============================================================================================================
@@ -389,7 +388,7 @@ class Process(NamedTuple):
     def sum(self, tensor: Tensor) -> Tensor:
         """Add `tensor` over all ranks, in place, and return it."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            distributed.all_reduce(tensor)
         return tensor
 
     def own(self, bank: Tensor) -> Tensor:
@@ -399,19 +398,19 @@ class Process(NamedTuple):
     def start_sum(self, bank: Tensor, own_only: bool) -> list:
         """Start adding `bank` (`own_only`: `own(bank)` alone) over all ranks; wait for the handles."""
         if self.world_size > 1 and own_only and bank.is_cuda:  # gloo has not always had a reduce-scatter
-            return [dist.reduce_scatter(self.own(bank), list(bank.chunk(self.world_size)), async_op=True)]
-        return [dist.all_reduce(bank, async_op=True)] if self.world_size > 1 else []
+            return [distributed.reduce_scatter(self.own(bank), [*bank.chunk(self.world_size)], async_op=True)]
+        return [distributed.all_reduce(bank, async_op=True)] if self.world_size > 1 else []
 
     def start_gather(self, bank: Tensor) -> list:
         """Start filling `bank` with every rank's own slice; wait for the handles."""
         parts = list(bank.chunk(self.world_size))
-        return [dist.all_gather(parts, self.own(bank).clone(), async_op=True)] if len(parts) > 1 else []
+        return [distributed.all_gather(parts, self.own(bank).clone(), async_op=True)] if parts[1:] else []
 
     def share(self, value: object) -> list:
         """Return every rank's `value`, by rank, on every rank."""
         values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
+            distributed.all_gather_object(values, value)
         return values
 
     @contextlib.contextmanager
@@ -455,8 +454,8 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
     torch.utils.deterministic.fill_uninitialized_memory = False
     with contextlib.ExitStack() as stack:
         if world_size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
-            stack.callback(dist.destroy_process_group)
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+            stack.callback(distributed.destroy_process_group)
         yield Process(rank, world_size, torch.device("cuda", local_rank) if gpus else torch.device("cpu"))
 
 
@@ -576,8 +575,7 @@ class TokenStream:
     Equal lanes are read side by side: sequence q is row q // lanes of lane q % lanes (one: the contest)."""
 
     def __init__(self, paths: list[Path], settings: Settings) -> None:
-        self.paths, self.settings = paths, settings
-        self.shards = [open_shard(path) for path in paths]
+        self.settings, self.paths, self.shards = settings, paths, [open_shard(path) for path in paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.total, lanes = int(self.ends[-1]), settings.data_lanes
         if self.total == 0:
@@ -1175,14 +1173,13 @@ class Averages:
 # SHA-256 of all before it. A file that is not exactly right is refused before what it claims is allocated.
 # ============================================================================================================
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFGPT\n", 1
+ARTIFACT_MAGIC, ARTIFACT_VERSION, XZ_MAGIC = b"GOLFGPT\n", 1, b"\xfd7zXZ\0"
 PREFIX = struct.Struct("<8s2I")  # magic, version, length of the header
 MAX_PAYLOAD_BYTES = 2**30
 BITS = {"int8": 8, "int6": 6, "int5": 5}  # kinds of quantized tensors
 COLUMNS = ("int8", "float16", "float32")  # NumPy types of all that is stored, in the order of the file
 STORED = {**dict.fromkeys(BITS, COLUMNS[:2]), "float16": COLUMNS[1:2], "float32": COLUMNS[2:]}  # by kind
 PERCENTILES = (1.0, 0.99999, 0.9999, 0.9995, 0.999)  # of a row's absolute values, where QUANT_SEARCH clips
-XZ_MAGIC = b"\xfd7zXZ\0"
 ARTIFACT_FAULTS = (ValueError, KeyError, TypeError, SettingError, zstandard.ZstdError, lzma.LZMAError)
 
 

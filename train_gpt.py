@@ -516,11 +516,10 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` under a temporary name beside `path`, then rename: `path` is never half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(temporary.unlink, missing_ok=True)
         temporary.write_bytes(data)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ============================================================================================================
@@ -640,9 +639,8 @@ class Tokenizer:
         if exact or self.model is None:
             return size[tokens[1:]]
         texts = [self.model.id_to_piece(token) if piece else "" for token, piece in enumerate(self.pieces)]
-        spaced = np.array([text.startswith(WORD_START) for text in texts])
-        size += np.array([2 * text.count(WORD_START, 1) for text in texts], dtype=np.uint16)
-        return size[tokens[1:]] - (spaced[tokens[1:]] & (size == 0)[tokens[:-1]])
+        spaced, inner = np.array([(t[:1] == WORD_START, t.count(WORD_START, 1)) for t in texts], np.uint16).T
+        return (size + 2 * inner)[tokens[1:]] - (spaced[tokens[1:]] & (size == 0)[tokens[:-1]])
 
     def encode(self, data: bytes) -> list[int]:
         """Return ids that decode to exactly `data`: byte pieces where the model would normalise it."""

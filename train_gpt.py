@@ -55,10 +55,9 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import zstandard
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
 # ============================================================================================================
@@ -93,6 +92,12 @@ class AuditError(RunError, exit_code=4):
 
 class NonFiniteError(RunError, exit_code=6):
     """A loss, a weight or a score is infinite or not a number."""
+
+
+def require(holds: bool, fault: str) -> None:
+    """Raise ValueError with the `fault` of what is read unless the condition `holds`."""
+    if not holds:
+        raise ValueError(fault)
 
 
 # Shared by the five references and ours; by the five; by four of them and ours; by four; three; two:
@@ -361,20 +366,13 @@ class Settings:
             if broken:
                 raise SettingError(f"{name}={vars(s)[name.lower()]!r} must be {rule} ({number}); change one")
 
-    @property
-    def head_dim(self) -> int:
-        """Channels of one attention head."""
-        return self.model_dim // self.num_heads
+    head_dim = property(lambda self: self.model_dim // self.num_heads, doc="Channels of one attention head.")
+    window = property(lambda self: self.eval_seq_len or self.train_seq_len, doc="Tokens of a scoring window.")
 
     @property
     def value_layers(self) -> tuple[float, ...]:
         """Blocks with a value embedding, in order; what is not a number lies beyond every model."""
         return tuple(sorted({int(x) if x.isdecimal() else math.inf for x in self.ve_layers.split(",") if x}))
-
-    @property
-    def window(self) -> int:
-        """Tokens of one scoring window."""
-        return self.eval_seq_len or self.train_seq_len
 
     def stored_values(self, kinds: tuple[str, ...] = ("shape", "scoring")) -> dict[str, object]:
         """Return what an artifact keeps: the settings its weights or its score depend on."""
@@ -392,23 +390,19 @@ class Settings:
 # ============================================================================================================
 
 
-@dataclasses.dataclass(frozen=True)
-class Process:
+class Process(NamedTuple):
     """This process among its ranks. With one rank every method is the identity."""
 
     rank: int
     world_size: int
     device: torch.device
 
-    @property
-    def is_main(self) -> bool:
-        """True on the one rank that writes."""
-        return self.rank == 0
+    is_main = property(lambda self: self.rank == 0, doc="True on the one rank that writes.")
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add `tensor` over all ranks, in place, and return it."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            distributed.all_reduce(tensor)
         return tensor
 
     def own(self, bank: Tensor) -> Tensor:
@@ -418,19 +412,19 @@ class Process:
     def start_sum(self, bank: Tensor, own_only: bool) -> list:
         """Start adding `bank` (`own_only`: `own(bank)` alone) over all ranks; wait for the handles."""
         if self.world_size > 1 and own_only and bank.is_cuda:  # gloo has not always had a reduce-scatter
-            return [dist.reduce_scatter(self.own(bank), list(bank.chunk(self.world_size)), async_op=True)]
-        return [dist.all_reduce(bank, async_op=True)] if self.world_size > 1 else []
+            return [distributed.reduce_scatter(self.own(bank), [*bank.chunk(self.world_size)], async_op=True)]
+        return [distributed.all_reduce(bank, async_op=True)] if self.world_size > 1 else []
 
     def start_gather(self, bank: Tensor) -> list:
         """Start filling `bank` with every rank's own slice; wait for the handles."""
         parts = list(bank.chunk(self.world_size))
-        return [dist.all_gather(parts, self.own(bank).clone(), async_op=True)] if len(parts) > 1 else []
+        return [distributed.all_gather(parts, self.own(bank).clone(), async_op=True)] if parts[1:] else []
 
     def share(self, value: object) -> list:
         """Return every rank's `value`, by rank, on every rank."""
         values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
+            distributed.all_gather_object(values, value)
         return values
 
     @contextlib.contextmanager
@@ -446,8 +440,7 @@ class Process:
 
     def synchronize(self) -> None:
         """Wait until the device has done everything it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        torch.get_device_module(self.device).synchronize(self.device)
 
     def precision(self) -> contextlib.AbstractContextManager:
         """Return the context of a forward pass: bfloat16 autocast on CUDA; float32 on CPU, faster there."""
@@ -475,8 +468,8 @@ def open_process(mapping: Mapping[str, str], settings: Settings) -> Iterator[Pro
     torch.utils.deterministic.fill_uninitialized_memory = False
     with contextlib.ExitStack() as stack:
         if world_size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
-            stack.callback(dist.destroy_process_group)
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+            stack.callback(distributed.destroy_process_group)
         yield Process(rank, world_size, torch.device("cuda", local_rank) if gpus else torch.device("cpu"))
 
 
@@ -537,11 +530,10 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` under a temporary name beside `path`, then rename: `path` is never half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(temporary.unlink, missing_ok=True)
         temporary.write_bytes(data)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ============================================================================================================
@@ -596,8 +588,7 @@ class TokenStream:
     Equal lanes are read side by side: sequence q is row q // lanes of lane q % lanes (one: the contest)."""
 
     def __init__(self, paths: list[Path], settings: Settings) -> None:
-        self.paths, self.settings = paths, settings
-        self.shards = [open_shard(path) for path in paths]
+        self.settings, self.paths, self.shards = settings, paths, [open_shard(path) for path in paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.total, lanes = int(self.ends[-1]), settings.data_lanes
         if self.total == 0:
@@ -636,8 +627,7 @@ class Tokenizer:
             elif source:
                 self.model = sentencepiece.SentencePieceProcessor(model_proto=source)
                 self.pieces = [self._piece(token) for token in range(self.model.vocab_size())]
-            if not MARKER_ID < len(self.pieces) <= 2**16 or self.pieces[MARKER_ID]:
-                raise ValueError
+            require(MARKER_ID < len(self.pieces) <= 2**16 and not self.pieces[MARKER_ID], "no marker 1")
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError("neither a SentencePiece model with marker 1 nor pure bytes") from error
         self.byte_ids = {p[0]: token for token, p in reversed([*enumerate(self.pieces)]) if len(p) == 1}
@@ -652,9 +642,8 @@ class Tokenizer:
 
     def _piece(self, token: int) -> bytes:
         """Return a token's raw bytes: markers none, byte pieces one, others text with U+2581 as space."""
-        if self.model.is_control(token) or self.model.is_unknown(token) or self.model.is_unused(token):
-            return b""
-        text = self.model.id_to_piece(token).replace(WORD_START, " ")
+        marker = self.model.is_control(token) or self.model.is_unknown(token) or self.model.is_unused(token)
+        text = "" if marker else self.model.id_to_piece(token).replace(WORD_START, " ")
         return bytes.fromhex(text[3:5]) if self.model.is_byte(token) else text.encode()
 
     def target_bytes(self, tokens: np.ndarray, exact: bool) -> np.ndarray:
@@ -664,9 +653,8 @@ class Tokenizer:
         if exact or self.model is None:
             return size[tokens[1:]]
         texts = [self.model.id_to_piece(token) if piece else "" for token, piece in enumerate(self.pieces)]
-        spaced = np.array([text.startswith(WORD_START) for text in texts])
-        size += np.array([2 * text.count(WORD_START, 1) for text in texts], dtype=np.uint16)
-        return size[tokens[1:]] - (spaced[tokens[1:]] & (size == 0)[tokens[:-1]])
+        spaced, inner = np.array([(t[:1] == WORD_START, t.count(WORD_START, 1)) for t in texts], np.uint16).T
+        return (size + 2 * inner)[tokens[1:]] - (spaced[tokens[1:]] & (size == 0)[tokens[:-1]])
 
     def encode(self, data: bytes) -> list[int]:
         """Return ids that decode to exactly `data`: byte pieces where the model would normalise it."""
@@ -713,15 +701,12 @@ def read_manifest(path: Path, hashes: dict[str, str], val_bytes: int) -> dict:
     """Return a manifest.json of data/text.py, its training split in `hashes`; DataError for a false one."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        val = manifest["splits"]["val"]
-        stated = {"tokenizer_sha256": manifest["tokenizer"]["sha256"], "val_sha256": val["sha256"]}
+        val, other, tokenizer = manifest["splits"]["val"], manifest["splits"]["train"], manifest["tokenizer"]
+        stated = {"tokenizer_sha256": tokenizer["sha256"], "val_sha256": val["sha256"]}
         if (stated, val["bytes"]) != (hashes, val_bytes):
             fault = f"another tokenizer or other shards: {val['bytes']} raw val bytes, {val_bytes} in tokens"
             raise DataError(f"{path} states {fault}; set TOKENIZER_PATH to it or make the shards anew")
-        hashes["train_sha256"], _ = (
-            manifest["splits"]["train"]["sha256"],
-            manifest["tokenizer"]["trained_here"],
-        )
+        hashes["train_sha256"], _ = other["sha256"], tokenizer["trained_here"]
         return manifest
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a manifest of data/text.py ({error!r}); make it anew") from error
@@ -842,8 +827,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, x0: Tensor, *carried: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the stream after this block and the first values; x, x0 (embedding) are (B, T, D)."""
-        mix = self.resid_mix.to(x.dtype)
-        start = mix[0] * x + mix[1] * x0
+        start = self.resid_mix[0].to(x.dtype) * x + self.resid_mix[1].to(x.dtype) * x0
         branch, first = self.attn(self.norm_scale * rms_norm(start), *carried)
         x = start + (self.branch_scale * self.attn_scale).to(x.dtype) * branch
         inner = F.leaky_relu(self.mlp.fc(self.norm_scale * rms_norm(x)), self.slope).square()
@@ -1084,8 +1068,7 @@ class Muon:
         self.settings, self.process, self.banks = settings, process, []
         groups = [[m for m in matrices if m.shape == s] for s in dict.fromkeys(m.shape for m in matrices)]
         for group in sorted(groups, key=lambda group: -len(group) * group[0].numel()):
-            padded = len(group) + -len(group) % process.world_size
-            gradient = torch.zeros(padded, *group[0].shape, device=process.device)
+            gradient = group[0].new_zeros(len(group) + -len(group) % process.world_size, *group[0].shape)
             self.banks.append(Bank(group, gradient, torch.zeros_like(process.own(gradient)), []))
             for matrix, view in zip(group, gradient, strict=False):
                 matrix.grad = view
@@ -1179,7 +1162,6 @@ class Averages:
         used = settings.ema_decay and (settings.average, settings.swa_source) != ("swa", "raw")
         self.ema = {name: p.float().clone() for name, p in self.live.items()} if used else {}
 
-    @torch.no_grad()
     def update(self, step: int, scale: float) -> None:
         """Take in the weights as they are after `step` steps, the last at learning-rate scale `scale`."""
         s, live, ema = self.settings, [p.float() for p in self.live.values()], list(self.ema.values())
@@ -1202,9 +1184,8 @@ class Averages:
 
     def moved(self, weights: dict[str, Tensor]) -> float:
         """Return |weights - live weights| / |live weights| over all parameters."""
-        pairs = [(value.double(), self.live[name].double()) for name, value in weights.items()]
-        change = sum(float((value - live).square().sum()) for value, live in pairs)
-        return math.sqrt(change / sum(float(live.square().sum()) for _, live in pairs))
+        new, live = (nn.utils.parameters_to_vector(of.values()).double() for of in (weights, self.live))
+        return float((new - live).norm() / live.norm())
 
 
 # ============================================================================================================
@@ -1213,14 +1194,13 @@ class Averages:
 # SHA-256 of all before it. A file that is not exactly right is refused before what it claims is allocated.
 # ============================================================================================================
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFGPT\n", 1
+ARTIFACT_MAGIC, ARTIFACT_VERSION, XZ_MAGIC = b"GOLFGPT\n", 1, b"\xfd7zXZ\0"
 PREFIX = struct.Struct("<8s2I")  # magic, version, length of the header
 MAX_PAYLOAD_BYTES = 2**30
 BITS = {"int8": 8, "int6": 6, "int5": 5}  # kinds of quantized tensors
 COLUMNS = ("int8", "float16", "float32")  # NumPy types of all that is stored, in the order of the file
 STORED = {**dict.fromkeys(BITS, COLUMNS[:2]), "float16": COLUMNS[1:2], "float32": COLUMNS[2:]}  # by kind
 PERCENTILES = (1.0, 0.99999, 0.9999, 0.9995, 0.999)  # of a row's absolute values, where QUANT_SEARCH clips
-XZ_MAGIC = b"\xfd7zXZ\0"
 ARTIFACT_FAULTS = (ValueError, KeyError, TypeError, SettingError, zstandard.ZstdError, lzma.LZMAError)
 
 
@@ -1341,12 +1321,6 @@ def compress_smallest(payload: bytes, compressor: str = "zstd") -> bytes:
     options = {"source_size": len(payload), "write_checksum": True}
     ways = [base(level, **options) for level in (1, 19, 22)] + [base(19, min_match=7, **options)]
     return min((zstandard.ZstdCompressor(compression_params=way).compress(payload) for way in ways), key=len)
-
-
-def require(holds: bool, fault: str) -> None:
-    """Raise ValueError with the `fault` of an artifact unless the condition `holds`."""
-    if not holds:
-        raise ValueError(fault)
 
 
 class Artifact(NamedTuple):

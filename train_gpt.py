@@ -1602,11 +1602,10 @@ def count_lines(tokens: Tensor, top: int, vocab_size: int) -> Iterator[tuple[int
 
     Sorted by the token that follows, the line of order n becomes that of order n + 1. Contexts that occur
     once have no evidence and leave: long orders cost next to nothing."""
-    total = max(len(tokens) - 1, 0)
     target, first = line_up(tokens.long(), torch.arange(len(tokens), device=tokens.device))
     for order in range(2, top + 1):
         alone = first & torch.cat((first[1:], first.new_ones(1)))
-        kept = ~alone & (target < total)
+        kept = ~alone & (target < len(tokens) - 1)
         target, first = target[kept], first[kept]
         context = first.cumsum(0) - 1
         pairs = line_up(context * vocab_size + tokens.index_select(0, target + 1), target)
@@ -1614,22 +1613,15 @@ def count_lines(tokens: Tensor, top: int, vocab_size: int) -> Iterator[tuple[int
         target, first = pairs[0] + 1, pairs[1]
 
 
-def count_orders(tokens: Tensor, orders, vocab_size: int) -> Iterator[tuple[int, Counts]]:
-    """Yield (order, Counts) for each of `orders`, from 2 up, in one pass; see exact_counts."""
-    wanted = set(orders)
-    if min(wanted, default=2) < 2:
-        raise SettingError(f"orders={sorted(wanted)} must be 2 at least; a context has one token or more")
-    for order, line, pairs in count_lines(tokens, max(wanted, default=0), vocab_size):
-        if order in wanted:
-            yield order, count_line(line, pairs, tokens)[0]
-
-
 def exact_counts(tokens: Tensor, order: int, vocab_size: int) -> Counts:
     """Return the exact counts of one order: `tokens` (N + 1,) int32 or int64, each (N,) on their device.
 
     The context of target tokens[i + 1] is the order - 1 tokens before it. Where it is incomplete or was never
     seen: 0, 0, 0, -1. Contexts run across document markers. Raises SettingError for an order below 2."""
-    return next(counts for _, counts in count_orders(tokens, [order], vocab_size))
+    for length, *lines in count_lines(tokens, order, vocab_size):
+        if length == order:
+            return count_line(*lines, tokens)[0]
+    raise SettingError(f"order={order} must be 2 at least; a context has one token or more")
 
 
 def count_families(tokens: Tensor, settings: Settings) -> Iterator[tuple[str, tuple[Counts, Tensor, Tensor]]]:

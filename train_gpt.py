@@ -1569,25 +1569,19 @@ def line_up(group: Tensor, target: Tensor) -> Line:
     return target, begins(torch.from_numpy(word))
 
 
-def group_ranks(first: Tensor) -> Tensor:
-    """Return how many of its group stand before each place of a line, (n,) int32."""
-    place = torch.arange(len(first), dtype=torch.int32, device=first.device)
-    return place - place.where(first, 0).cummax(0).values if len(first) else place
-
-
 def count_line(line: Line, pairs: Line, tokens: Tensor) -> tuple[Counts, Tensor, Tensor]:
     """Return what a family knows, by its line and the line of its (context, target) pairs; (N,) int32 each.
 
     After the counts: how often the context's last continuation came again, tokens since the context did."""
-    target, seen = line[0], group_ranks(line[1])
-    start = torch.arange(len(seen), dtype=torch.int32, device=seen.device) - seen
-    blank = torch.zeros(max(len(tokens) - 1, 0), dtype=torch.int32, device=seen.device)
+    target, place = line[0], torch.arange(len(line[0]), dtype=torch.int32, device=tokens.device)
+    start, pair_start = (place.where(first, 0).cummax(0).values for _, first in (line, pairs))
+    seen, blank = place - start, torch.zeros_like(tokens[1:], dtype=torch.int32)
 
     def earlier(flags: Tensor) -> Tensor:
         before = flags.cumsum(0, dtype=torch.int32) - flags.int()
         return blank.index_copy(0, target, before - before.index_select(0, start))
 
-    full = blank.index_copy(0, pairs[0], group_ranks(pairs[1]))
+    full = blank.index_copy(0, pairs[0], place - pair_start)
     token = tokens.index_select(0, target + 1).int()
     before, known = token.roll(1), seen > 0
     last = (blank - 1).index_copy_(0, target, before.where(known, -1))
@@ -1607,8 +1601,7 @@ def count_lines(tokens: Tensor, top: int, vocab_size: int) -> Iterator[tuple[int
         alone = first & torch.cat((first[1:], first.new_ones(1)))
         kept = ~alone & (target < len(tokens) - 1)
         target, first = target[kept], first[kept]
-        context = first.cumsum(0) - 1
-        pairs = line_up(context * vocab_size + tokens.index_select(0, target + 1), target)
+        pairs = line_up(first.cumsum(0) * vocab_size + tokens.index_select(0, target + 1), target)
         yield order, (target, first), pairs
         target, first = pairs[0] + 1, pairs[1]
 
@@ -1643,7 +1636,7 @@ class Recall(NamedTuple):
     proposals: Tensor  # (K, N) int32: tokens that the cache expects, vocab_size where it expects none
 
 
-def encode_evidence(counts: Counts, hits, age, neighbour: Tensor, log_code: Tensor) -> Tensor:
+def encode_evidence(counts: Counts, hits, age, neighbour: Tensor | int, log_code: Tensor) -> Tensor:
     """Return what is known of a family before the target is, (6, N) uint8 in units of 1 / CODE_ONE.
 
     Logarithms (by the table `log_code` (N + 1,) uint8) of count, distinct continuations and age; seen once;
@@ -1660,8 +1653,7 @@ def recall(tokens: Tensor, settings: Settings) -> Recall:
     tokens, families, proposals = tokens.int(), {}, []
     numbers = torch.arange(max(len(tokens), 1), dtype=torch.float64, device=tokens.device)
     log_code = (CODE_LOG * numbers.log1p()).round().to(torch.uint8)
-    longest = torch.full_like(tokens[1:], settings.vocab_size)
-    neighbour = torch.full_like(longest, -1)
+    longest, neighbour = settings.vocab_size, -1  # before the first family
     for name, evidence in count_families(tokens, settings):
         full, context, _, last = evidence[0]
         codes = encode_evidence(*evidence, neighbour, log_code)
@@ -1682,8 +1674,6 @@ def recall(tokens: Tensor, settings: Settings) -> Recall:
 # probability: weights do not depend on the target, and counts over all targets add up to the context's.
 # ============================================================================================================
 
-FIRST_CHUNK = 64  # chunks grow to CACHE_CHUNK_TOKENS: early prices learn from few targets
-NEURAL_BIAS = 4.0  # initial logit of the neural model against 0 for each expert with evidence
 EMBED_ROWS = 4_096  # rows of the gate's token tables; token ids wrap around
 RECENT = 16  # targets whose mean price the gate knows
 
@@ -1710,7 +1700,7 @@ class Gate:
         self.weights, self.gradients = (list(map(Tensor.view, part, shapes)) for part in parts)
         noise = torch.randn(shapes[0], generator=torch.Generator().manual_seed(0))
         self.weights[0].copy_(noise / math.sqrt(features))
-        self.weights[2][0] = NEURAL_BIAS
+        self.weights[2][0] = 4.0  # the neural model's logit, against 0 for each expert with evidence
 
     def forward(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Return the hidden layer (hidden, n) and the experts' weights (experts, n); no price is read."""
@@ -1739,16 +1729,17 @@ class Gate:
             self.updates += 1
             self.moment1.lerp_(self.gradient, 0.1)
             self.moment2.mul_(0.99).addcmul_(self.gradient, self.gradient, value=0.01)
-            rate = self.rate / (1 - 0.9**self.updates)
             spread = (self.moment2 / (1 - 0.99**self.updates)).sqrt_().add_(1e-8)
-            self.flat.addcdiv_(self.moment1, spread, value=-rate)
+            self.flat.addcdiv_(self.moment1, spread, value=-self.rate / (1 - 0.9**self.updates))
 
 
 def plan_chunks(total: int, most: int) -> Iterator[slice]:
-    """Yield the chunks of `total` targets: shares of what is known, `most` for long."""
+    """Yield the chunks of `total` targets: shares of what is known, `most` for long.
+
+    The first have 64 targets: early prices learn from few."""
     begin = 0
     while begin < total:
-        length = max(FIRST_CHUNK, min(most, begin // 4), begin // 4_096)
+        length = max(64, min(most, begin // 4), begin // 4_096)
         yield slice(begin, min(begin + length, total))
         begin += length
 
@@ -2042,11 +2033,9 @@ def pseudo_totals(rule: str, tokens, entropy, settings: Settings, at, beside=Non
 
     `at` (Q,), ascending, are targets counted from 0. #890's order, which depends on the target, is the
     realised target's for the whole vocabulary."""
-    totals = []
-    for part in np.array_split(at, 1 + len(at) * settings.vocab_size // PSEUDO_BLOCK):
-        weight, share = pseudo_mixture(rule, tokens, entropy, settings, beside, part, True)
-        totals.append(weight[:, 0] + share[:, 1:].sum(dim=1))
-    return torch.cat(totals)
+    parts = np.array_split(at, 1 + len(at) * settings.vocab_size // PSEUDO_BLOCK)
+    found = (pseudo_mixture(rule, tokens, entropy, settings, beside, part, True) for part in parts)
+    return torch.cat([weight[:, 0] + share[:, 1:].sum(dim=1) for weight, share in found])
 
 
 def pseudo_mass(rule: str, tokens, entropy, settings: Settings, every: int, beside=None) -> float:
@@ -2086,9 +2075,8 @@ class PseudoOracle:
 
     def count(self, stream: TokenStream) -> None:
         """Count all tokens of `stream`; raises on every rank the DataError or OSError that one meets."""
-        rank, ranks = self.process.rank, self.process.world_size
         with self.process.together():
-            for start in range(rank * ORACLE_BLOCK, stream.total, ranks * ORACLE_BLOCK):
+            for start in range(0, stream.total, ORACLE_BLOCK)[self.process.rank :: self.process.world_size]:
                 block = torch.from_numpy(stream.read(start, min(ORACLE_BLOCK, stream.total - start)))
                 pseudo_fill(self.tables, torch.cat(pseudo_keys(self.rule, block.to(self.process.device))))
         self.process.sum(self.tables)
@@ -2114,7 +2102,6 @@ class PseudoOracle:
 # fast one. Encoder and decoder make the same calls in the same order: one last bit off would break decoding.
 # ============================================================================================================
 
-FREQUENCY_BITS = 24  # the frequencies of a distribution add up to 2^24 at most
 CODEC_MAGIC, CODEC_VERSION = b"GOLFTXT\n", 1
 CODEC_PREFIX = struct.Struct("<8sI32sQQ32s")  # magic, version, artifact, tokens, raw bytes, their SHA-256
 HEAD_TARGETS, LATE_TARGETS = 512, 1_024  # targets of a receipt's two spans
@@ -2161,7 +2148,8 @@ class SlowCache:
     of those targets, and the fast path's `mixture` of them."""
 
     def __init__(self, past: np.ndarray, prices: Tensor, mixture: Mixture, settings: Settings) -> None:
-        self.settings, self.prefix, self.places, self.table = settings, past, {}, {}
+        self.settings, self.prefix, self.table = settings, past, {}
+        self.places = functools.cache(lambda token: np.flatnonzero(past[:-1] == token))
         self.families = {name: int(re.sub(r"\D", "", name)) - 1 for name in list(mixture.weights)[1:]}
         self.opened = int(np.flatnonzero(past == MARKER_ID).max(initial=0))  # where the document begins
         self.recent = [0.0] * RECENT + prices[-RECENT:].tolist()
@@ -2179,9 +2167,7 @@ class SlowCache:
         key = (length, start, context.tobytes())  # a context that is still too short never comes again
         if key not in self.table:
             entry = self.table[key] = Followers()
-            if (newest := int(context[-1])) not in self.places:
-                self.places[newest] = np.flatnonzero(self.prefix[:-1] == newest)
-            places = self.places[newest]
+            places = self.places(int(context[-1]))
             places = places[places >= max(length - 1, start)]
             for back, token in enumerate(context[::-1]):
                 places = places[self.prefix[places - back] == token]
@@ -2314,7 +2300,7 @@ def frequencies(row: np.ndarray) -> np.ndarray:
     The one place where a probability becomes an integer; encoder and decoder both call it."""
     if not (np.isfinite(row).all() and row.min() >= 0):
         raise AuditError("a distribution is negative, infinite or no number; mend the scorer")
-    return (row * (2**FREQUENCY_BITS - len(row))).astype(np.int64) + 1
+    return (row * (2**24 - len(row))).astype(np.int64) + 1
 
 
 class RangeEncoder:
@@ -2440,33 +2426,6 @@ def audit_scorer(scorer, decoder, tokens: np.ndarray, prices: np.ndarray, spans)
     return found, coded
 
 
-def audit_recorded(settings: Settings) -> dict[str, list[float]]:
-    """Return condition -> [deviation, tolerance] of AUDIT_TARGET, an .npz file; raises DataError.
-
-    It holds tokens (N + 1,), prices (N,) in nats and bytes (N,) of all targets, val_bpb (), and, of some
-    targets (M,), counted from 0 and ascending, logp (M, V)."""
-    tokenizer = Tokenizer.load(Path(settings.tokenizer_path))
-    names = ("tokens", "prices", "bytes", "targets", "logp", "val_bpb")
-    try:
-        with np.load(settings.audit_target) as file:
-            tokens, prices, size, targets, logp, val_bpb = map(file.__getitem__, names)
-        each = len(tokens) - 1
-        require(prices.shape == size.shape == (each,), f"prices and bytes are not {each} each")
-        require(len(targets) > 0, "it records the distribution of no target")
-
-        def predict(past: np.ndarray) -> np.ndarray:
-            return np.exp(logp[np.searchsorted(targets, len(past) - 1)].astype(np.float64))
-
-        found, _ = audit_spans(predict, predict, tokens, prices, [targets])
-        rules = [int(tokenizer.target_bytes(tokens, exact).sum()) for exact in (True, False)]
-        bpb = bits_per_byte(-prices.sum(dtype=np.float64), size.sum())
-        found["ledger"] = [abs(bpb - float(val_bpb)), 1e-6]
-    except (*ARTIFACT_FAULTS, OSError, EOFError, IndexError, zipfile.BadZipFile) as error:
-        raise DataError(f"AUDIT_TARGET={settings.audit_target}: {error}; README.md describes it") from error
-    found["normalised"][1] = 1e-6  # of rows in float32
-    return found | {"bytes": [min(abs(int(size.sum()) - rule) for rule in rules), 0]}
-
-
 def load_model(artifact: Artifact, settings: Settings, process: Process) -> GPT:
     """Return a fresh model with the shape and the weights of `artifact`, on the device."""
     shape = {name: artifact.settings[name] for name in settings.stored_values(("shape",))}
@@ -2485,12 +2444,11 @@ def audit_data(dataset: Dataset, score: Score, folder: Path) -> dict[str, list[f
     tokens, pieces, found = dataset.val_tokens, dataset.tokenizer.pieces, {}
     length, spaced = np.array([len(p) for p in pieces]), np.array([p.startswith(b" ") for p in pieces])
     size = int(length[tokens[1:]].sum())
-    if dataset.manifest is None:  # in the contest a space behind a marker is free, but for pure bytes
-        free = spaced[tokens[1:]] & (length[tokens[:-1]] == 0)
-        size -= int(free.sum()) if dataset.tokenizer.model else 0
-    else:
+    if dataset.manifest:
         own, paths = documents(tokens), folder.glob("*_train_*.bin")
         found["disjoint"] = [sum(len(own & documents(open_shard(path))) for path in paths), 0]
+    elif dataset.tokenizer.model:  # in the contest a space behind a marker is free, but for pure bytes
+        size -= int((spaced[tokens[1:]] & (length[tokens[:-1]] == 0)).sum())
     return found | {"bytes": [abs(size - score.bytes), 0]}
 
 
@@ -2508,6 +2466,34 @@ def audit_report(found: dict[str, list[float]], log: Log, started: float, **more
     line = f"audit: {verdict or 'all hold'} ({measured}) seconds:{report['seconds']:.1f}"
     log.event("audit", line, **report)
     return verdict
+
+
+def audit_recorded(settings: Settings, log: Log) -> str:
+    """Audit AUDIT_TARGET, an .npz file; return what is broken, "" if nothing is. Raises DataError.
+
+    It holds tokens (N + 1,), prices (N,) in nats and bytes (N,) of all targets, val_bpb (), and, of some
+    targets (M,), counted from 0 and ascending, logp (M, V)."""
+    started, tokenizer = time.perf_counter(), Tokenizer.load(Path(settings.tokenizer_path))
+    names = ("tokens", "prices", "bytes", "targets", "logp", "val_bpb")
+    try:
+        with np.load(settings.audit_target) as file:
+            tokens, prices, size, targets, logp, val_bpb = map(file.__getitem__, names)
+        each = len(tokens) - 1
+        require(prices.shape == size.shape == (each,), f"prices and bytes are not {each} each")
+        require(len(targets) > 0, "it records the distribution of no target")
+
+        def predict(past: np.ndarray) -> np.ndarray:
+            return np.exp(logp[np.searchsorted(targets, len(past) - 1)].astype(np.float64))
+
+        found, _ = audit_spans(predict, predict, tokens, prices, [targets])
+        rules = [int(tokenizer.target_bytes(tokens, exact).sum()) for exact in (True, False)]
+        bpb = bits_per_byte(-prices.sum(dtype=np.float64), size.sum())
+        found["ledger"] = [abs(bpb - float(val_bpb)), 1e-6]
+    except (*ARTIFACT_FAULTS, OSError, EOFError, IndexError, zipfile.BadZipFile) as error:
+        raise DataError(f"AUDIT_TARGET={settings.audit_target}: {error}; README.md describes it") from error
+    found["normalised"][1] = 1e-6  # of rows in float32
+    found["bytes"] = [min(abs(int(size.sum()) - rule) for rule in rules), 0]
+    return audit_report(found, log, started)
 
 
 def audit_run(
@@ -2746,8 +2732,7 @@ def run(settings: Settings, process: Process, log: Log, artifact: Artifact | Non
     log.line(f"torch:{torch.__version__} python:{platform.python_version()} device:{device}")
     log.line(f"script_sha256:{script_sha256}")
     if settings.audit_target:
-        started = time.perf_counter()
-        return {"audit": audit_report(audit_recorded(settings), log, started)}
+        return {"audit": audit_recorded(settings, log)}
     compiled = settings.compile == "1" or (cuda and settings.compile == "auto")
     if compiled and not cuda and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise SettingError("COMPILE=1 needs a C++ compiler on a CPU; install g++ or set COMPILE=0")
@@ -2789,7 +2774,7 @@ def failure_of(error: BaseException) -> tuple[int, str]:
     return 1, repr(error)
 
 
-def run_and_record(settings: Settings, process: Process, artifact: Artifact | None, assumed: str) -> None:
+def run_and_record(settings: Settings, process: Process, artifact: Artifact | None, notice: str) -> None:
     """Run, and write result.json whatever happens; raises SizeError and AuditError once all is recorded."""
     run_id = settings.run_id or f"{settings.recipe}-seed{settings.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(settings.run_dir or f"runs/{process.share(run_id)[0]}")
@@ -2798,9 +2783,7 @@ def run_and_record(settings: Settings, process: Process, artifact: Artifact | No
     log = Log(process, run_dir)
     for name in ("result.json", "artifact.bin", "audit.json", "receipt.bin") if process.is_main else ():
         (run_dir / name).unlink(missing_ok=True)
-    if assumed:
-        device = "no" if assumed == "cpu" else "a"
-        log.line(f"RECIPE is not set and there is {device} CUDA device: RECIPE={assumed}")
+    log.line(notice)
     record: dict[str, object] = {"exit_code": 0, "run_id": run_id, "recipe": settings.recipe}
     record |= {"seed": settings.seed, "world_size": process.world_size, "settings": settings.changed()}
     try:
@@ -2819,15 +2802,16 @@ def run_and_record(settings: Settings, process: Process, artifact: Artifact | No
 
 def main(environment: Mapping[str, str]) -> int:
     """Run what `environment` asks for and return the exit code."""
-    assumed = "" if "RECIPE" in environment else "record" if torch.cuda.is_available() else "cpu"
-    environment = {**environment, "RECIPE": assumed} if assumed else environment
+    device, recipe = ("a", "record") if torch.cuda.is_available() else ("no", "cpu")
+    notice = f"RECIPE is not set and there is {device} CUDA device: RECIPE={recipe}"
+    notice, environment = "" if "RECIPE" in environment else notice, {"RECIPE": recipe, **environment}
     try:
         path = environment.get("EVAL_ONLY" if environment.get("CODEC", "none") == "none" else "ARTIFACT")
         artifact = read_artifact(Path(path)) if path else None
         settings = Settings.from_env(environment, artifact and artifact.settings)
         with open_process(environment, settings) as process:
             if settings.codec == "none":
-                run_and_record(settings, process, artifact, assumed)
+                run_and_record(settings, process, artifact, notice)
             elif process.is_main:
                 run_codec(settings, process, artifact)
         return 0

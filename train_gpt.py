@@ -1532,8 +1532,7 @@ def account(chunks: Iterable[ScoredChunk], target_bytes: np.ndarray, process: Pr
 # ============================================================================================================
 
 ORDER_LADDER = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)  # orders that price; the chain counts all
-CODE_ONE = 48  # a feature of 1.0 as a small whole number
-CODE_LOG = 12  # log(1 + count) = 1 likewise, so that any count fits 8 bits
+CODE_ONE, CODE_LOG = 48, 12  # a feature of 1.0 and log(1 + count) = 1 as codes: any count fits 8 bits
 PROPOSERS = ("order2", "order3", "order4", "order6", "document2")  # families whose last token is a proposal
 
 # Targets (n,) int64, equal contexts side by side, earlier ones first; which are the first of theirs, bool.
@@ -1586,9 +1585,8 @@ def count_line(line: Line, pairs: Line, tokens: Tensor) -> tuple[Counts, Tensor,
     before, known = token.roll(1), seen > 0
     last = (blank - 1).index_copy_(0, target, before.where(known, -1))
     age = blank.index_copy(0, target, ((target - target.roll(1)) * known).int())
-    new = full.index_select(0, target) == 0
-    counts = Counts(full, blank.index_copy(0, target, seen), earlier(new), last)
-    return counts, earlier((token == before) & known), age
+    distinct, hits = earlier(full.index_select(0, target) == 0), earlier((token == before) & known)
+    return Counts(full, blank.index_copy(0, target, seen), distinct, last), hits, age
 
 
 def count_lines(tokens: Tensor, top: int, vocab_size: int) -> Iterator[tuple[int, Line, Line]]:
@@ -1598,8 +1596,8 @@ def count_lines(tokens: Tensor, top: int, vocab_size: int) -> Iterator[tuple[int
     once have no evidence and leave: long orders cost next to nothing."""
     target, first = line_up(tokens.long(), torch.arange(len(tokens), device=tokens.device))
     for order in range(2, top + 1):
-        alone = first & torch.cat((first[1:], first.new_ones(1)))
-        kept = ~alone & (target < len(tokens) - 1)
+        # first.roll(-1): is the next place another context's? Behind the last comes first[0], which is true.
+        kept = ~(first & first.roll(-1)) & (target < len(tokens) - 1)
         target, first = target[kept], first[kept]
         pairs = line_up(first.cumsum(0) * vocab_size + tokens.index_select(0, target + 1), target)
         yield order, (target, first), pairs
@@ -1674,8 +1672,7 @@ def recall(tokens: Tensor, settings: Settings) -> Recall:
 # probability: weights do not depend on the target, and counts over all targets add up to the context's.
 # ============================================================================================================
 
-EMBED_ROWS = 4_096  # rows of the gate's token tables; token ids wrap around
-RECENT = 16  # targets whose mean price the gate knows
+EMBED_ROWS, RECENT = 4_096, 16  # of the gate: rows of token tables, where ids wrap; targets in a mean price
 
 
 class Chunk(NamedTuple):
@@ -1801,9 +1798,10 @@ def mix_prices(tokens, known: Recall, logp, entropy, proposed, settings: Setting
         gated[part] = torch.logaddexp(weights[0].log() + logp[part], cache) - weights.sum(dim=0).log()
         network.learn(chunk, forward)
     alone, *mean = (usage / max(len(logp), 1)).tolist()
-    weights = {name: mean[i] + mean[i + families] for i, name in enumerate(known.families)}
-    lead = float((gated - logp.double()).sum())
-    return Mixture(never_worse(logp, gated), {"neural": alone, **weights}, network, lead)
+    weights = {"neural": alone} | {
+        name: mean[i] + mean[i + families] for i, name in enumerate(known.families)
+    }
+    return Mixture(never_worse(logp, gated), weights, network, float((gated - logp.double()).sum()))
 
 
 def mix_stream(tokens: Tensor, logp: Tensor, entropy: Tensor, settings: Settings) -> Tensor:
@@ -1837,9 +1835,8 @@ def gain_interval(saved: np.ndarray, target_bytes: np.ndarray, document: np.ndar
 # Legend: O orders 2 ... max_order, N targets, Q asked targets, K candidates for each of them.
 # ============================================================================================================
 
-PSEUDO_PIECE = 2**15  # targets of one call: more would be shared out over threads, which wait for each other
-PSEUDO_BLOCK = 2**21  # targets times vocabulary asked for at a time: bounds memory, changes nothing
-ORACLE_BLOCK = 10_000_000  # training tokens counted at a time
+# At a time: targets times vocabulary asked for (bounds memory, changes nothing), training tokens counted.
+PSEUDO_BLOCK, ORACLE_BLOCK = 2**21, 10_000_000
 # Multipliers of an n-gram's tokens, oldest first; #864 and #890 each go on from #779's.
 HASH_779 = (36313, 27191, 51647, 81929, 131071, 174763, 233017)
 HASH_864 = (*HASH_779, 283721, 347237, 409891, 479909, 557927, 631553, 716279, 811207)
@@ -1887,10 +1884,8 @@ def pseudo_rule(name: str, settings: Settings, gated: bool = False) -> PseudoRul
     names = [name for name, rule in PSEUDO_RULES.items() if gated or not rule.gated]
     if name not in names:
         raise SettingError(f"PSEUDO={name} is no rule without gate logits; choose one of {', '.join(names)}")
-    rule, s = PSEUDO_RULES[name], settings
-    own = (s.ngram_max_order, s.ngram_chunk_tokens, s.ngram_buckets, s.ngram_min_count)
-    own += (s.ngram_alpha_min, s.ngram_alpha_max, s.ngram_alpha_clip)
-    rule = PseudoRule(*(value or usual for value, usual in zip(own, rule, strict=False)), *rule[len(own) :])
+    own = {field: vars(settings)[f"ngram_{field}"] for field in PseudoRule._fields[:7]}
+    rule = PSEUDO_RULES[name]._replace(**{field: value for field, value in own.items() if value})
     if not (top := len(rule.centers)) >= rule.max_order >= 2:
         raise SettingError(f"NGRAM_MAX_ORDER={rule.max_order}: choose one of {name}'s orders, 2 to {top}")
     return rule
@@ -1952,7 +1947,8 @@ def pseudo_keys(rule: PseudoRule, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def pseudo_fill(tables: Tensor, keys: Tensor) -> None:
     """Count keys (O, N) in tables (O, buckets + 1); the spare bucket stays empty."""
-    for new in keys.split(PSEUDO_PIECE, dim=1):
+    # More at a time would be shared out over threads, which wait for each other.
+    for new in keys.split(2**15, dim=1):
         tables.scatter_add_(1, new.long(), tables.new_ones(1, 1).expand_as(new))
     tables[:, -1] = 0
 
@@ -2048,9 +2044,8 @@ def pseudo_report(tokens, logp, entropy, target_bytes, settings: Settings, besid
     """Return what rule PSEUDO makes of a recorded stream, as a line and as numbers; see `pseudo_stream`.
 
     Mass, and bits per byte after division by each target's sum, are of PSEUDO_SAMPLE of the targets."""
-    rule, total = settings.pseudo, len(target_bytes)
-    count = min(total, settings.pseudo_sample)
-    at = np.arange(count) * total // count
+    rule, count = settings.pseudo, min(len(target_bytes), settings.pseudo_sample)
+    at = np.arange(count) * len(target_bytes) // count
     if beside is not None and rule == "pr779":
         logp, entropy = logp / beside[:, 0] - beside[:, 1], beside[:, 2]
     nats = -pseudo_stream(rule, tokens, logp, entropy, settings, beside)
@@ -2086,8 +2081,7 @@ class PseudoOracle:
         keys = torch.cat(pseudo_keys(self.rule, torch.cat((ids, targets[:, -1:]), dim=1)))
         counts = self.tables.gather(1, keys.flatten(1)).view(2, -1, *targets.shape).movedim(1, 2)
         context, pair = counts.triu(1)  # the reference leaves out a context that begins with the row, too
-        ratios = torch.minimum(pair, context) / context
-        return ratios.where(context >= self.rule.min_count, -1.0).transpose(1, 2)
+        return (pair.minimum(context) / context).where(context >= self.rule.min_count, -1.0).transpose(1, 2)
 
     def beside(self, loss):
         """Return `loss` (of a GPT or what wraps it) as a function of ids and targets that looks ratios up."""
@@ -2154,10 +2148,9 @@ class SlowCache:
         self.opened = int(np.flatnonzero(past == MARKER_ID).max(initial=0))  # where the document begins
         self.recent = [0.0] * RECENT + prices[-RECENT:].tolist()
         self.lead, self.pending, self.now, gate = mixture.lead, [], None, mixture.gate
-        self.shapes = [weight.shape for weight in gate.weights]
+        self.shapes, steps = [weight.shape for weight in gate.weights], torch.tensor(float(gate.updates))
         self.flat, first, second = (x.double().cpu() for x in (gate.flat, gate.moment1, gate.moment2))
         self.adam = torch.optim.Adam([self.flat.requires_grad_()], settings.cache_lr, (0.9, 0.99))
-        steps = torch.tensor(float(gate.updates))
         self.adam.state[self.flat] = {"step": steps, "exp_avg": first, "exp_avg_sq": second}
 
     def followers(self, name: str, past: np.ndarray) -> Followers:
@@ -2233,8 +2226,7 @@ class SlowCache:
         self.recent.append(float(row[token]))
         for entry in known:
             entry.add(token, place)
-        if token == MARKER_ID:
-            self.opened = place + 1
+        self.opened = place + 1 if token == MARKER_ID else self.opened
         begin = place + 1 - len(self.pending)
         if place + 1 - begin == max(64, min(self.settings.cache_chunk_tokens, begin // 4), begin // 4_096):
             *facts, prices = zip(*self.pending, strict=True)
@@ -2312,8 +2304,7 @@ class RangeEncoder:
     def encode(self, counts: np.ndarray, token: int) -> None:
         """Code `token`, whose part of the range is counts[token] of counts.sum()."""
         unit = self.range // int(counts.sum())
-        self.number += unit * int(counts[:token].sum())
-        self.range = unit * int(counts[token])
+        self.number, self.range = self.number + unit * int(counts[:token].sum()), unit * int(counts[token])
         while self.range < 2**56:
             self.number, self.bytes, self.range = self.number << 8, self.bytes + 1, self.range << 8
 
@@ -2360,8 +2351,7 @@ def decode_targets(predict, tokens: np.ndarray, targets, data: bytes) -> None:
 def compress_text(data: bytes, scorer: Scorer, tokenizer: Tokenizer, artifact: str) -> bytes:
     """Return `data` as a file that only the artifact of this SHA-256 opens; its targets follow a marker."""
     tokens = np.array([MARKER_ID, *tokenizer.encode(data)], dtype=np.uint16)
-    with scorer.process.progress(len(tokens) - 1, "compress") as targets:
-        coded, _ = encode_targets(scorer.predict, tokens, targets)
+    coded, _ = encode_targets(scorer.predict, tokens, scorer.process.progress(len(tokens) - 1, "compress"))
     sizes = (bytes.fromhex(artifact), len(tokens) - 1, len(data), hashlib.sha256(data).digest())
     body = CODEC_PREFIX.pack(CODEC_MAGIC, CODEC_VERSION, *sizes) + coded
     return body + hashlib.sha256(body).digest()
@@ -2457,9 +2447,8 @@ def audit_report(found: dict[str, list[float]], log: Log, started: float, **more
     # JSON knows no infinity; what is no number counts as the largest.
     found = {name: (min(sys.float_info.max, value), most) for name, (value, most) in found.items()}
     off = {name: f"off by {v:.3g} (at most {most:g})" for name, (v, most) in found.items() if v > most}
-    conditions = {name: {"deviation": value, "tolerance": most} for name, (value, most) in found.items()}
     report = {"passed": not off, "broken": list(off), "seconds": time.perf_counter() - started}
-    report |= {"conditions": conditions, **more}
+    report |= {"conditions": {n: {"deviation": v, "tolerance": m} for n, (v, m) in found.items()}, **more}
     write_atomically(log.folder / "audit.json", (json.dumps(report, indent=2) + "\n").encode())
     verdict = ", ".join(f"{name} is {by}" for name, by in off.items())
     measured = ", ".join(f"{name} {value:.2g}" for name, (value, _) in found.items())
@@ -2680,9 +2669,9 @@ def log_cache(scored: Scored, dataset: Dataset, log: Log) -> dict[str, object]:
     """Log what the cache gained over the neural prices: by document, by family, along the stream."""
     bits = -torch.stack((scored.table[0], scored.mixture.logp)).double().cpu().numpy() / math.log(2)  # (2, N)
     size, markers = dataset.target_bytes.astype(np.float64), dataset.val_tokens[:-1] == MARKER_ID
-    document = np.cumsum(markers) - markers[0]  # the first document is number 0, marker or not
     alone, mixed = (bits.sum(axis=1) / size.sum()).tolist()
-    interval = np.round(gain_interval(bits[0] - bits[1], size, document), 6).tolist()
+    # The first document is number 0, marker or not.
+    interval = np.round(gain_interval(bits[0] - bits[1], size, np.cumsum(markers) - markers[0]), 6).tolist()
     numbers = {"neural_bpb": alone, "cache_gain_bpb": alone - mixed, "cache_gain_interval": interval}
     numbers["cache_weights"] = {name: round(mean, 6) for name, mean in scored.mixture.weights.items()}
     log.event("cache", cache_bpb=mixed, **numbers)

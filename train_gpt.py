@@ -39,7 +39,6 @@ import json
 import lzma
 import math
 import os
-import platform
 import re
 import shutil
 import signal
@@ -1590,8 +1589,7 @@ def account(times: Tensor, logp: Tensor, target_bytes: np.ndarray) -> Score:
 # ============================================================================================================
 
 ORDER_LADDER = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)  # orders that price; the chain counts all
-CODE_ONE = 48  # a feature of 1.0 as a small whole number
-CODE_LOG = 12  # log(1 + count) = 1 likewise, so that any count fits 8 bits
+CODE_ONE, CODE_LOG = 48, 12  # a feature of 1.0 and log(1 + count) = 1 as codes: any count fits 8 bits
 PROPOSERS = ("order2", "order3", "order4", "order6", "document2")  # families whose last token is a proposal
 
 # Targets (n,) int64, equal contexts side by side, earlier ones first; which are the first of theirs, bool.
@@ -1627,32 +1625,25 @@ def line_up(group: Tensor, target: Tensor) -> Line:
     return target, begins(torch.from_numpy(word))
 
 
-def group_ranks(first: Tensor) -> Tensor:
-    """Return how many of its group stand before each place of a line, (n,) int32."""
-    place = torch.arange(len(first), dtype=torch.int32, device=first.device)
-    return place - place.where(first, 0).cummax(0).values if len(first) else place
-
-
 def count_line(line: Line, pairs: Line, tokens: Tensor) -> tuple[Counts, Tensor, Tensor]:
     """Return what a family knows, by its line and the line of its (context, target) pairs; (N,) int32 each.
 
     After the counts: how often the context's last continuation came again, tokens since the context did."""
-    target, seen = line[0], group_ranks(line[1])
-    start = torch.arange(len(seen), dtype=torch.int32, device=seen.device) - seen
-    blank = torch.zeros(max(len(tokens) - 1, 0), dtype=torch.int32, device=seen.device)
+    target, place = line[0], torch.arange(len(line[0]), dtype=torch.int32, device=tokens.device)
+    start, pair_start = (place.where(first, 0).cummax(0).values for _, first in (line, pairs))
+    seen, blank = place - start, torch.zeros_like(tokens[1:], dtype=torch.int32)
 
     def earlier(flags: Tensor) -> Tensor:
         before = flags.cumsum(0, dtype=torch.int32) - flags.int()
         return blank.index_copy(0, target, before - before.index_select(0, start))
 
-    full = blank.index_copy(0, pairs[0], group_ranks(pairs[1]))
+    full = blank.index_copy(0, pairs[0], place - pair_start)
     token = tokens.index_select(0, target + 1).int()
     before, known = token.roll(1), seen > 0
     last = (blank - 1).index_copy_(0, target, before.where(known, -1))
     age = blank.index_copy(0, target, ((target - target.roll(1)) * known).int())
-    new = full.index_select(0, target) == 0
-    counts = Counts(full, blank.index_copy(0, target, seen), earlier(new), last)
-    return counts, earlier((token == before) & known), age
+    distinct, hits = earlier(full.index_select(0, target) == 0), earlier((token == before) & known)
+    return Counts(full, blank.index_copy(0, target, seen), distinct, last), hits, age
 
 
 def count_lines(tokens: Tensor, top: int, vocab_size: int) -> Iterator[tuple[int, Line, Line]]:
@@ -1660,26 +1651,14 @@ def count_lines(tokens: Tensor, top: int, vocab_size: int) -> Iterator[tuple[int
 
     Sorted by the token that follows, the line of order n becomes that of order n + 1. Contexts that occur
     once have no evidence and leave: long orders cost next to nothing."""
-    total = max(len(tokens) - 1, 0)
     target, first = line_up(tokens.long(), torch.arange(len(tokens), device=tokens.device))
     for order in range(2, top + 1):
-        alone = first & torch.cat((first[1:], first.new_ones(1)))
-        kept = ~alone & (target < total)
+        # first.roll(-1): is the next place another context's? Behind the last comes first[0], which is true.
+        kept = ~(first & first.roll(-1)) & (target < len(tokens) - 1)
         target, first = target[kept], first[kept]
-        context = first.cumsum(0) - 1
-        pairs = line_up(context * vocab_size + tokens.index_select(0, target + 1), target)
+        pairs = line_up(first.cumsum(0) * vocab_size + tokens.index_select(0, target + 1), target)
         yield order, (target, first), pairs
         target, first = pairs[0] + 1, pairs[1]
-
-
-def count_orders(tokens: Tensor, orders, vocab_size: int) -> Iterator[tuple[int, Counts]]:
-    """Yield (order, Counts) for each of `orders`, from 2 up, in one pass; see exact_counts."""
-    wanted = set(orders)
-    if min(wanted, default=2) < 2:
-        raise SettingError(f"orders={sorted(wanted)} must be 2 at least; a context has one token or more")
-    for order, line, pairs in count_lines(tokens, max(wanted, default=0), vocab_size):
-        if order in wanted:
-            yield order, count_line(line, pairs, tokens)[0]
 
 
 def exact_counts(tokens: Tensor, order: int, vocab_size: int) -> Counts:
@@ -1687,7 +1666,10 @@ def exact_counts(tokens: Tensor, order: int, vocab_size: int) -> Counts:
 
     The context of target tokens[i + 1] is the order - 1 tokens before it. Where it is incomplete or was never
     seen: 0, 0, 0, -1. Contexts run across document markers. Raises SettingError for an order below 2."""
-    return next(counts for _, counts in count_orders(tokens, [order], vocab_size))
+    for length, *lines in count_lines(tokens, order, vocab_size):
+        if length == order:
+            return count_line(*lines, tokens)[0]
+    raise SettingError(f"order={order} must be 2 at least; a context has one token or more")
 
 
 def count_families(tokens: Tensor, settings: Settings) -> Iterator[tuple[str, tuple[Counts, Tensor, Tensor]]]:
@@ -1709,7 +1691,7 @@ class Recall(NamedTuple):
     proposals: Tensor  # (K, N) int32: tokens that the cache expects, vocab_size where it expects none
 
 
-def encode_evidence(counts: Counts, hits, age, neighbour: Tensor, log_code: Tensor) -> Tensor:
+def encode_evidence(counts: Counts, hits, age, neighbour: Tensor | int, log_code: Tensor) -> Tensor:
     """Return what is known of a family before the target is, (6, N) uint8 in units of 1 / CODE_ONE.
 
     Logarithms (by the table `log_code` (N + 1,) uint8) of count, distinct continuations and age; seen once;
@@ -1726,8 +1708,7 @@ def recall(tokens: Tensor, settings: Settings) -> Recall:
     tokens, families, proposals = tokens.int(), {}, []
     numbers = torch.arange(max(len(tokens), 1), dtype=torch.float64, device=tokens.device)
     log_code = (CODE_LOG * numbers.log1p()).round().to(torch.uint8)
-    longest = torch.full_like(tokens[1:], settings.vocab_size)
-    neighbour = torch.full_like(longest, -1)
+    longest, neighbour = settings.vocab_size, -1  # before the first family
     for name, evidence in count_families(tokens, settings):
         full, context, _, last = evidence[0]
         codes = encode_evidence(*evidence, neighbour, log_code)
@@ -1748,10 +1729,7 @@ def recall(tokens: Tensor, settings: Settings) -> Recall:
 # probability: weights do not depend on the target, and counts over all targets add up to the context's.
 # ============================================================================================================
 
-FIRST_CHUNK = 64  # chunks grow to CACHE_CHUNK_TOKENS: early prices learn from few targets
-NEURAL_BIAS = 4.0  # initial logit of the neural model against 0 for each expert with evidence
-EMBED_ROWS = 4_096  # rows of the gate's token tables; token ids wrap around
-RECENT = 16  # targets whose mean price the gate knows
+EMBED_ROWS, RECENT = 4_096, 16  # of the gate: rows of token tables, where ids wrap; targets in a mean price
 
 
 class Chunk(NamedTuple):
@@ -1776,7 +1754,7 @@ class Gate:
         self.weights, self.gradients = (list(map(Tensor.view, part, shapes)) for part in parts)
         noise = torch.randn(shapes[0], generator=torch.Generator().manual_seed(0))
         self.weights[0].copy_(noise / math.sqrt(features))
-        self.weights[2][0] = NEURAL_BIAS
+        self.weights[2][0] = 4.0  # the neural model's logit, against 0 for each expert with evidence
 
     def forward(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Return the hidden layer (hidden, n) and the experts' weights (experts, n); no price is read."""
@@ -1805,16 +1783,17 @@ class Gate:
             self.updates += 1
             self.moment1.lerp_(self.gradient, 0.1)
             self.moment2.mul_(0.99).addcmul_(self.gradient, self.gradient, value=0.01)
-            rate = self.rate / (1 - 0.9**self.updates)
             spread = (self.moment2 / (1 - 0.99**self.updates)).sqrt_().add_(1e-8)
-            self.flat.addcdiv_(self.moment1, spread, value=-rate)
+            self.flat.addcdiv_(self.moment1, spread, value=-self.rate / (1 - 0.9**self.updates))
 
 
 def plan_chunks(total: int, most: int) -> Iterator[slice]:
-    """Yield the chunks of `total` targets: shares of what is known, `most` for long."""
+    """Yield the chunks of `total` targets: shares of what is known, `most` for long.
+
+    The first have 64 targets: early prices learn from few."""
     begin = 0
     while begin < total:
-        length = max(FIRST_CHUNK, min(most, begin // 4), begin // 4_096)
+        length = max(64, min(most, begin // 4), begin // 4_096)
         yield slice(begin, min(begin + length, total))
         begin += length
 
@@ -1875,9 +1854,10 @@ def mix_prices(tokens, known: Recall, logp, entropy, proposed, settings: Setting
         gated[part] = torch.logaddexp(weights[0].log() + logp[part], cache) - weights.sum(dim=0).log()
         network.learn(chunk, forward)
     alone, *mean = (usage / max(len(logp), 1)).tolist()
-    weights = {name: mean[i] + mean[i + families] for i, name in enumerate(known.families)}
-    lead = float((gated - logp.double()).sum())
-    return Mixture(never_worse(logp, gated), {"neural": alone, **weights}, network, lead)
+    weights = {"neural": alone} | {
+        name: mean[i] + mean[i + families] for i, name in enumerate(known.families)
+    }
+    return Mixture(never_worse(logp, gated), weights, network, float((gated - logp.double()).sum()))
 
 
 def mix_stream(tokens: Tensor, logp: Tensor, entropy: Tensor, settings: Settings) -> Tensor:
@@ -1903,9 +1883,8 @@ def gain_interval(saved: np.ndarray, target_bytes: np.ndarray, document: np.ndar
 # Legend: O orders 2 ... max_order, N targets, Q asked targets, K candidates for each of them.
 # ============================================================================================================
 
-PSEUDO_PIECE = 2**15  # targets of one call: more would be shared out over threads, which wait for each other
-PSEUDO_BLOCK = 2**21  # targets times vocabulary asked for at a time: bounds memory, changes nothing
-ORACLE_BLOCK = 10_000_000  # training tokens counted at a time
+# At a time: targets times vocabulary asked for (bounds memory, changes nothing), training tokens counted.
+PSEUDO_BLOCK, ORACLE_BLOCK = 2**21, 10_000_000
 # Multipliers of an n-gram's tokens, oldest first; #864 and #890 each go on from #779's.
 HASH_779 = (36313, 27191, 51647, 81929, 131071, 174763, 233017)
 HASH_864 = (*HASH_779, 283721, 347237, 409891, 479909, 557927, 631553, 716279, 811207)
@@ -1953,10 +1932,8 @@ def pseudo_rule(name: str, settings: Settings, gated: bool = False) -> PseudoRul
     names = [name for name, rule in PSEUDO_RULES.items() if gated or not rule.gated]
     if name not in names:
         raise SettingError(f"PSEUDO={name} is no rule without gate logits; choose one of {', '.join(names)}")
-    rule, s = PSEUDO_RULES[name], settings
-    own = (s.ngram_max_order, s.ngram_chunk_tokens, s.ngram_buckets, s.ngram_min_count)
-    own += (s.ngram_alpha_min, s.ngram_alpha_max, s.ngram_alpha_clip)
-    rule = PseudoRule(*(value or usual for value, usual in zip(own, rule, strict=False)), *rule[len(own) :])
+    own = {field: vars(settings)[f"ngram_{field}"] for field in PseudoRule._fields[:7]}
+    rule = PSEUDO_RULES[name]._replace(**{field: value for field, value in own.items() if value})
     if not (top := len(rule.centers)) >= rule.max_order >= 2:
         raise SettingError(f"NGRAM_MAX_ORDER={rule.max_order}: choose one of {name}'s orders, 2 to {top}")
     return rule
@@ -2018,7 +1995,8 @@ def pseudo_keys(rule: PseudoRule, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def pseudo_fill(tables: Tensor, keys: Tensor) -> None:
     """Count keys (O, N) in tables (O, buckets + 1); the spare bucket stays empty."""
-    for new in keys.split(PSEUDO_PIECE, dim=1):
+    # More at a time would be shared out over threads, which wait for each other.
+    for new in keys.split(2**15, dim=1):
         tables.scatter_add_(1, new.long(), tables.new_ones(1, 1).expand_as(new))
     tables[:, -1] = 0
 
@@ -2099,11 +2077,9 @@ def pseudo_totals(rule: str, tokens, entropy, settings: Settings, at, beside=Non
 
     `at` (Q,), ascending, are targets counted from 0. #890's order, which depends on the target, is the
     realised target's for the whole vocabulary."""
-    totals = []
-    for part in np.array_split(at, 1 + len(at) * settings.vocab_size // PSEUDO_BLOCK):
-        weight, share = pseudo_mixture(rule, tokens, entropy, settings, beside, part, True)
-        totals.append(weight[:, 0] + share[:, 1:].sum(dim=1))
-    return torch.cat(totals)
+    parts = np.array_split(at, 1 + len(at) * settings.vocab_size // PSEUDO_BLOCK)
+    found = (pseudo_mixture(rule, tokens, entropy, settings, beside, part, True) for part in parts)
+    return torch.cat([weight[:, 0] + share[:, 1:].sum(dim=1) for weight, share in found])
 
 
 def pseudo_mass(rule: str, tokens, entropy, settings: Settings, every: int, beside=None) -> float:
@@ -2116,9 +2092,8 @@ def pseudo_report(tokens, logp, entropy, target_bytes, settings: Settings, besid
     """Return what rule PSEUDO makes of a recorded stream, as a line and as numbers; see `pseudo_stream`.
 
     Mass, and bits per byte after division by each target's sum, are of PSEUDO_SAMPLE of the targets."""
-    rule, total = settings.pseudo, len(target_bytes)
-    count = min(total, settings.pseudo_sample)
-    at = np.arange(count) * total // count
+    rule, count = settings.pseudo, min(len(target_bytes), settings.pseudo_sample)
+    at = np.arange(count) * len(target_bytes) // count
     if beside is not None and rule == "pr779":
         logp, entropy = logp / beside[:, 0] - beside[:, 1], beside[:, 2]
     nats = -pseudo_stream(rule, tokens, logp, entropy, settings, beside)
@@ -2143,9 +2118,8 @@ class PseudoOracle:
 
     def count(self, stream: TokenStream) -> None:
         """Count all tokens of `stream`; raises on every rank the DataError or OSError that one meets."""
-        rank, ranks = self.process.rank, self.process.world_size
         with self.process.together():
-            for start in range(rank * ORACLE_BLOCK, stream.total, ranks * ORACLE_BLOCK):
+            for start in range(0, stream.total, ORACLE_BLOCK)[self.process.rank :: self.process.world_size]:
                 block = torch.from_numpy(stream.read(start, min(ORACLE_BLOCK, stream.total - start)))
                 pseudo_fill(self.tables, torch.cat(pseudo_keys(self.rule, block.to(self.process.device))))
         self.process.sum(self.tables)
@@ -2155,8 +2129,7 @@ class PseudoOracle:
         keys = torch.cat(pseudo_keys(self.rule, torch.cat((ids, targets[:, -1:]), dim=1)))
         counts = self.tables.gather(1, keys.flatten(1)).view(2, -1, *targets.shape).movedim(1, 2)
         context, pair = counts.triu(1)  # the reference leaves out a context that begins with the row, too
-        ratios = torch.minimum(pair, context) / context
-        return ratios.where(context >= self.rule.min_count, -1.0).transpose(1, 2)
+        return (pair.minimum(context) / context).where(context >= self.rule.min_count, -1.0).transpose(1, 2)
 
     def beside(self, loss):
         """Return `loss` (of a GPT or what wraps it) as a function of ids and targets that looks ratios up."""
@@ -2171,7 +2144,6 @@ class PseudoOracle:
 # fast one. Encoder and decoder make the same calls in the same order: one last bit off would break decoding.
 # ============================================================================================================
 
-FREQUENCY_BITS = 24  # the frequencies of a distribution add up to 2^24 at most
 CODEC_MAGIC, CODEC_VERSION = b"GOLFTXT\n", 1
 CODEC_PREFIX = struct.Struct("<8sI32sQQ32s")  # magic, version, artifact, tokens, raw bytes, their SHA-256
 HEAD_TARGETS, LATE_TARGETS = 512, 1_024  # targets of a receipt's two spans
@@ -2181,12 +2153,10 @@ AUDIT_HEAD, AUDIT_SPREAD, FLIPS = 4_096, 4, 3  # first targets priced again, sin
 class NeuralSteps:
     """The neural model one target at a time; its key/value cache is filled anew where the window moves."""
 
-    def __init__(self, model: GPT, settings: Settings, process: Process, size_of=None, total=0) -> None:
+    def __init__(self, model: GPT, settings: Settings, process: Process, lessons=None) -> None:
         self.settings, self.process, self.place, self.learned = settings, process, (0, 0), 0
-        self.model, self.learner = model, None
-        if settings.ttt_last_blocks:
-            self.model = copy.deepcopy(model)
-            self.learner = TestTimeTraining(self.model, settings, process, size_of, total)
+        self.model = copy.deepcopy(model) if lessons else model
+        self.learner = lessons and TestTimeTraining(self.model, settings, process, *lessons)
         shape = (settings.num_layers, 2, 1, settings.num_kv_heads, settings.window, settings.head_dim)
         self.memory = torch.zeros(shape, device=process.device)
 
@@ -2228,15 +2198,15 @@ class SlowCache:
     of those targets, and the fast path's `mixture` of them."""
 
     def __init__(self, past: np.ndarray, prices: Tensor, mixture: Mixture, settings: Settings) -> None:
-        self.settings, self.prefix, self.places, self.table = settings, past, {}, {}
+        self.settings, self.prefix, self.table = settings, past, {}
+        self.places = functools.cache(lambda token: np.flatnonzero(past[:-1] == token))
         self.families = {name: int(re.sub(r"\D", "", name)) - 1 for name in list(mixture.weights)[1:]}
         self.opened = int(np.flatnonzero(past == MARKER_ID).max(initial=0))  # where the document begins
         self.recent = [0.0] * RECENT + prices[-RECENT:].tolist()
         self.lead, self.pending, self.now, gate = mixture.lead, [], None, mixture.gate
-        self.shapes = [weight.shape for weight in gate.weights]
+        self.shapes, steps = [weight.shape for weight in gate.weights], torch.tensor(float(gate.updates))
         self.flat, first, second = (x.double().cpu() for x in (gate.flat, gate.moment1, gate.moment2))
         self.adam = torch.optim.Adam([self.flat.requires_grad_()], settings.cache_lr, (0.9, 0.99))
-        steps = torch.tensor(float(gate.updates))
         self.adam.state[self.flat] = {"step": steps, "exp_avg": first, "exp_avg_sq": second}
 
     def followers(self, name: str, past: np.ndarray) -> Followers:
@@ -2246,9 +2216,7 @@ class SlowCache:
         key = (length, start, context.tobytes())  # a context that is still too short never comes again
         if key not in self.table:
             entry = self.table[key] = Followers()
-            if (newest := int(context[-1])) not in self.places:
-                self.places[newest] = np.flatnonzero(self.prefix[:-1] == newest)
-            places = self.places[newest]
+            places = self.places(int(context[-1]))
             places = places[places >= max(length - 1, start)]
             for back, token in enumerate(context[::-1]):
                 places = places[self.prefix[places - back] == token]
@@ -2314,8 +2282,7 @@ class SlowCache:
         self.recent.append(float(row[token]))
         for entry in known:
             entry.add(token, place)
-        if token == MARKER_ID:
-            self.opened = place + 1
+        self.opened = place + 1 if token == MARKER_ID else self.opened
         begin = place + 1 - len(self.pending)
         if place + 1 - begin == max(64, min(self.settings.cache_chunk_tokens, begin // 4), begin // 4_096):
             *facts, prices = zip(*self.pending, strict=True)
@@ -2330,12 +2297,12 @@ class SlowCache:
 class Scorer:
     """The run's scorer: all prices of a stream at once, or one distribution after the other."""
 
-    def __init__(self, model: GPT, settings, process, logits=None, table=None, lessons=(None, 0)) -> None:
+    def __init__(self, model: GPT, settings, process, logits=None, table=None, lessons=None) -> None:
         """`logits`: `model.logits`, perhaps compiled, for the fast path; `table`: columns of a Scored.
 
-        `lessons`: the last two parameters of TestTimeTraining."""
-        self.lessons = (model, settings, process, *lessons)
-        self.learner = TestTimeTraining(*self.lessons) if settings.ttt_last_blocks else None
+        `lessons`: the last two parameters of TestTimeTraining, without which nothing is learned."""
+        self.lessons = lessons
+        self.learner = lessons and TestTimeTraining(model, settings, process, *lessons)
         self.model, self.settings, self.process, self.table = model, settings, process, table
         self.logits, self.past, self.slow, self.neural = logits or model.logits, None, None, None
 
@@ -2372,7 +2339,7 @@ class Scorer:
                 scored = self.score(past[:first], None if self.table is None else self.table[:, :begin])
                 self.slow = SlowCache(past[:first], scored.table[1], scored.mixture, self.settings)
             if self.neural is None or not np.array_equal(past[:first][: len(before)], before):
-                self.neural = NeuralSteps(*self.lessons)
+                self.neural = NeuralSteps(self.model, self.settings, self.process, self.lessons)
             self.neural.place = (0, 0)
         for stop in range(first, len(past) + 1):
             row = self.neural.row(past[:stop])
@@ -2386,7 +2353,7 @@ def frequencies(row: np.ndarray) -> np.ndarray:
     The one place where a probability becomes an integer; encoder and decoder both call it."""
     if not (np.isfinite(row).all() and row.min() >= 0):
         raise AuditError("a distribution is negative, infinite or no number; mend the scorer")
-    return (row * (2**FREQUENCY_BITS - len(row))).astype(np.int64) + 1
+    return (row * (2**24 - len(row))).astype(np.int64) + 1
 
 
 class RangeEncoder:
@@ -2398,8 +2365,7 @@ class RangeEncoder:
     def encode(self, counts: np.ndarray, token: int) -> None:
         """Code `token`, whose part of the range is counts[token] of counts.sum()."""
         unit = self.range // int(counts.sum())
-        self.number += unit * int(counts[:token].sum())
-        self.range = unit * int(counts[token])
+        self.number, self.range = self.number + unit * int(counts[:token].sum()), unit * int(counts[token])
         while self.range < 2**56:
             self.number, self.bytes, self.range = self.number << 8, self.bytes + 1, self.range << 8
 
@@ -2446,8 +2412,7 @@ def decode_targets(predict, tokens: np.ndarray, targets, data: bytes) -> None:
 def compress_text(data: bytes, scorer: Scorer, tokenizer: Tokenizer, artifact: str) -> bytes:
     """Return `data` as a file that only the artifact of this SHA-256 opens; its targets follow a marker."""
     tokens = np.array([MARKER_ID, *tokenizer.encode(data)], dtype=np.uint16)
-    with scorer.process.progress(len(tokens) - 1, "compress") as targets:
-        coded, _ = encode_targets(scorer.predict, tokens, targets)
+    coded, _ = encode_targets(scorer.predict, tokens, scorer.process.progress(len(tokens) - 1, "compress"))
     sizes = (bytes.fromhex(artifact), len(tokens) - 1, len(data), hashlib.sha256(data).digest())
     body = CODEC_PREFIX.pack(CODEC_MAGIC, CODEC_VERSION, *sizes) + coded
     return body + hashlib.sha256(body).digest()
@@ -2508,33 +2473,6 @@ def audit_causal(prices, head: np.ndarray, vocab_size: int) -> float:
     return max(changes)
 
 
-def audit_recorded(settings: Settings) -> dict[str, list[float]]:
-    """Return condition -> [deviation, tolerance] of AUDIT_TARGET, an .npz file; raises DataError.
-
-    It holds tokens (N + 1,), prices (N,) in nats and bytes (N,) of all targets, val_bpb (), and, of some
-    targets (M,), counted from 0 and ascending, logp (M, V)."""
-    tokenizer = Tokenizer.load(Path(settings.tokenizer_path))
-    names = ("tokens", "prices", "bytes", "targets", "logp", "val_bpb")
-    try:
-        with np.load(settings.audit_target) as file:
-            tokens, prices, size, targets, logp, val_bpb = map(file.__getitem__, names)
-        each = len(tokens) - 1
-        require(prices.shape == size.shape == (each,), f"prices and bytes are not {each} each")
-        require(len(targets) > 0, "it records the distribution of no target")
-
-        def predict(past: np.ndarray) -> np.ndarray:
-            return np.exp(logp[np.searchsorted(targets, len(past) - 1)].astype(np.float64))
-
-        found, _ = audit_spans(predict, predict, tokens, prices, [targets])
-        rules = [int(tokenizer.target_bytes(tokens, exact).sum()) for exact in (True, False)]
-        bpb = bits_per_byte(-prices.sum(dtype=np.float64), size.sum())
-        found["ledger"] = [abs(bpb - float(val_bpb)), 1e-6]
-    except (*ARTIFACT_FAULTS, OSError, EOFError, IndexError, zipfile.BadZipFile) as error:
-        raise DataError(f"AUDIT_TARGET={settings.audit_target}: {error}; README.md describes it") from error
-    found["normalised"][1] = 1e-6  # of rows in float32
-    return found | {"bytes": [min(abs(int(size.sum()) - rule) for rule in rules), 0]}
-
-
 def load_model(artifact: Artifact, settings: Settings, process: Process) -> GPT:
     """Return a fresh model with the shape and the weights of `artifact`, on the device."""
     shape = {name: artifact.settings[name] for name in settings.stored_values(("shape",))}
@@ -2553,12 +2491,11 @@ def audit_data(dataset: Dataset, score: Score, folder: Path) -> dict[str, list[f
     tokens, pieces, found = dataset.val_tokens, dataset.tokenizer.pieces, {}
     length, spaced = np.array([len(p) for p in pieces]), np.array([p.startswith(b" ") for p in pieces])
     size = int(length[tokens[1:]].sum())
-    if dataset.manifest is None:  # in the contest a space behind a marker is free, but for pure bytes
-        free = spaced[tokens[1:]] & (length[tokens[:-1]] == 0)
-        size -= int(free.sum()) if dataset.tokenizer.model else 0
-    else:
+    if dataset.manifest:
         own, paths = documents(tokens), folder.glob("*_train_*.bin")
         found["disjoint"] = [sum(len(own & documents(open_shard(path))) for path in paths), 0]
+    elif dataset.tokenizer.model:  # in the contest a space behind a marker is free, but for pure bytes
+        size -= int((spaced[tokens[1:]] & (length[tokens[:-1]] == 0)).sum())
     return found | {"bytes": [abs(size - score.bytes), 0]}
 
 
@@ -2567,15 +2504,42 @@ def audit_report(found: dict[str, list[float]], log: Log, started: float, **more
     # JSON knows no infinity; what is no number counts as the largest.
     found = {name: (min(sys.float_info.max, value), most) for name, (value, most) in found.items()}
     off = {name: f"off by {v:.3g} (at most {most:g})" for name, (v, most) in found.items() if v > most}
-    conditions = {name: {"deviation": value, "tolerance": most} for name, (value, most) in found.items()}
     report = {"passed": not off, "broken": list(off), "seconds": time.perf_counter() - started}
-    report |= {"conditions": conditions, **more}
+    report |= {"conditions": {n: {"deviation": v, "tolerance": m} for n, (v, m) in found.items()}, **more}
     write_atomically(log.folder / "audit.json", (json.dumps(report, indent=2) + "\n").encode())
     verdict = ", ".join(f"{name} is {by}" for name, by in off.items())
     measured = ", ".join(f"{name} {value:.2g}" for name, (value, _) in found.items())
     line = f"audit: {verdict or 'all hold'} ({measured}) seconds:{report['seconds']:.1f}"
     log.event("audit", line, **report)
     return verdict
+
+
+def audit_recorded(settings: Settings, log: Log) -> str:
+    """Audit AUDIT_TARGET, an .npz file; return what is broken, "" if nothing is. Raises DataError.
+
+    It holds tokens (N + 1,), prices (N,) in nats and bytes (N,) of all targets, val_bpb (), and, of some
+    targets (M,), counted from 0 and ascending, logp (M, V)."""
+    started, tokenizer = time.perf_counter(), Tokenizer.load(Path(settings.tokenizer_path))
+    names = ("tokens", "prices", "bytes", "targets", "logp", "val_bpb")
+    try:
+        with np.load(settings.audit_target) as file:
+            tokens, prices, size, targets, logp, val_bpb = map(file.__getitem__, names)
+        each = len(tokens) - 1
+        require(prices.shape == size.shape == (each,), f"prices and bytes are not {each} each")
+        require(len(targets) > 0, "it records the distribution of no target")
+
+        def predict(past: np.ndarray) -> np.ndarray:
+            return np.exp(logp[np.searchsorted(targets, len(past) - 1)].astype(np.float64))
+
+        found, _ = audit_spans(predict, predict, tokens, prices, [targets])
+        rules = [int(tokenizer.target_bytes(tokens, exact).sum()) for exact in (True, False)]
+        bpb = bits_per_byte(-prices.sum(dtype=np.float64), size.sum())
+        found["ledger"] = [abs(bpb - float(val_bpb)), 1e-6]
+    except (*ARTIFACT_FAULTS, OSError, EOFError, IndexError, zipfile.BadZipFile) as error:
+        raise DataError(f"AUDIT_TARGET={settings.audit_target}: {error}; README.md describes it") from error
+    found["normalised"][1] = 1e-6  # of rows in float32
+    found["bytes"] = [min(abs(int(size.sum()) - rule) for rule in rules), 0]
+    return audit_report(found, log, started)
 
 
 def audit_run(scorer: Scorer, scored: Scored, score: Score, path, dataset: Dataset, log: Log, trained) -> str:
@@ -2590,13 +2554,12 @@ def audit_run(scorer: Scorer, scored: Scored, score: Score, path, dataset: Datas
     begins = [chunk.start for chunk in plan_chunks(total, s.cache_chunk_tokens)]
     border = next((b for b in begins if b >= 2 * total // 3 + LATE_TARGETS // 2), total)
     late = max(border - LATE_TARGETS // 2, min(HEAD_TARGETS, total))
-    spread = [b for b in begins[:: len(begins) // AUDIT_SPREAD + 1] if HEAD_TARGETS <= b < late]
-    spans = [range(late)[:HEAD_TARGETS], *(range(b, b + 1) for b in spread)]  # ascending: one replay
-    spans += [range(late, total)[:LATE_TARGETS]] if late < total else []
+    single = [range(b, b + 1) for b in begins[:: len(begins) // AUDIT_SPREAD + 1] if HEAD_TARGETS <= b < late]
+    # In ascending order what test-time training learned is learned again once.
+    spans = [*filter(len, (range(late)[:HEAD_TARGETS], *single, range(late, total)[:LATE_TARGETS]))]
 
     def fresh(logits=None, table=None, **changes: object) -> Scorer:
-        lessons = (dataset.size_of, total)
-        return Scorer(model, dataclasses.replace(s, **changes), alone, logits, table, lessons)
+        return Scorer(model, dataclasses.replace(s, **changes), alone, logits, table, scorer.lessons)
 
     before, head = scored.table[:, :late], tokens[: AUDIT_HEAD + 1]
     encoder, decoder = (fresh(table=before).predict for _ in range(2))
@@ -2636,7 +2599,6 @@ def run_codec(settings: Settings, process: Process, artifact: Artifact) -> None:
     tokenizer = artifact.tokenizer or Tokenizer.load(Path(settings.tokenizer_path))
     if tokenizer.sha256 != artifact.tokenizer_sha256:
         raise DataError(f"TOKENIZER_PATH={settings.tokenizer_path} is not the artifact's tokenizer; set that")
-    settings = dataclasses.replace(settings, ttt_last_blocks=0, polyak_decay=0.0)  # off in the codec
     scorer = Scorer(load_model(artifact, settings, process), settings, process)
     packs, data = settings.codec == "compress", Path(settings.input).read_bytes()
     try:
@@ -2730,8 +2692,7 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
     losses = [oracle.beside(loss) for loss in losses] if oracle else losses
     warm_up(model, losses, stream, process, log)
     optimizers = Optimizers(*parameter_groups(model, settings), settings, process)
-    averages = Averages(model, settings)
-    clock, watch = Clock(process), LossWatch()
+    averages, clock, watch = Averages(model, settings), Clock(process), LossWatch()
     quantized, before_ms, every = False, 0.0, settings.train_log_every
     if oracle:
         oracle.count(stream)
@@ -2747,7 +2708,7 @@ def train(dataset: Dataset, settings: Settings, process: Process, log: Log, comp
             clock.stop()
             chunks = score_stream(logits, dataset.val_tokens, settings, settings.window, process, "validate")
             table = gather_prices(chunks, len(dataset.target_bytes), 0, process)
-            val_loss, val_bpb, *_ = account(table[0], table[1], dataset.target_bytes)
+            val_loss, val_bpb, *_ = account(*table[:2], dataset.target_bytes)
             log.step("validation", step, total, clock.total_ms, val_loss=val_loss, val_bpb=val_bpb)
             if finished:
                 break
@@ -2770,9 +2731,9 @@ def log_cache(scored: Scored, dataset: Dataset, log: Log) -> dict[str, object]:
     """Log what the cache gained over the neural prices: by document, by family, along the stream."""
     bits = -torch.stack((scored.table[1], scored.mixture.logp)).double().cpu().numpy() / math.log(2)  # (2, N)
     size, markers = dataset.target_bytes.astype(np.float64), dataset.val_tokens[:-1] == MARKER_ID
-    document = np.cumsum(markers) - markers[0]  # the first document is number 0, marker or not
     alone, mixed = (bits.sum(axis=1) / size.sum()).tolist()
-    interval = np.round(gain_interval(bits[0] - bits[1], size, document), 6).tolist()
+    # The first document is number 0, marker or not.
+    interval = np.round(gain_interval(bits[0] - bits[1], size, np.cumsum(markers) - markers[0]), 6).tolist()
     numbers = {"neural_bpb": alone, "cache_gain_bpb": alone - mixed, "cache_gain_interval": interval}
     numbers["cache_weights"] = {name: round(mean, 6) for name, mean in scored.mixture.weights.items()}
     log.event("cache", cache_bpb=mixed, **numbers)
@@ -2788,7 +2749,7 @@ def evaluate(artifact, dataset, settings, process, log, compiled, path, trained)
     model = load_model(artifact, settings, process)
     body = model.logits if settings.pseudo == "none" else pseudo_logits(model)
     logits = torch.compile(body, dynamic=False) if compiled else body
-    lessons = (dataset.size_of, len(dataset.target_bytes))
+    lessons = (dataset.size_of, len(tokens) - 1) if settings.ttt_last_blocks else None
     scorer = Scorer(model, settings, process, logits, None, lessons)
     scored = scorer.score(tokens, beside=rule.beside if rule else 0)
     score = account(scored.table[0], scored.mixture.logp, dataset.target_bytes)
@@ -2823,11 +2784,10 @@ def run(settings: Settings, process: Process, log: Log, artifact: Artifact | Non
     log.event("settings", f"settings that differ from the defaults: {changed}", **vars(settings))
     cuda = process.device.type == "cuda"
     device = torch.cuda.get_device_name() if cuda else f"cpu with {torch.get_num_threads()} threads"
-    log.line(f"torch:{torch.__version__} python:{platform.python_version()} device:{device}")
+    log.line(f"torch:{torch.__version__} python:{sys.version.split()[0]} device:{device}")
     log.line(f"script_sha256:{script_sha256}")
     if settings.audit_target:
-        started = time.perf_counter()
-        return {"audit": audit_report(audit_recorded(settings), log, started)}
+        return {"audit": audit_recorded(settings, log)}
     compiled = settings.compile == "1" or (cuda and settings.compile == "auto")
     if compiled and not cuda and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise SettingError("COMPILE=1 needs a C++ compiler on a CPU; install g++ or set COMPILE=0")
@@ -2869,7 +2829,7 @@ def failure_of(error: BaseException) -> tuple[int, str]:
     return 1, repr(error)
 
 
-def run_and_record(settings: Settings, process: Process, artifact: Artifact | None, assumed: str) -> None:
+def run_and_record(settings: Settings, process: Process, artifact: Artifact | None, notice: str) -> None:
     """Run, and write result.json whatever happens; raises SizeError and AuditError once all is recorded."""
     run_id = settings.run_id or f"{settings.recipe}-seed{settings.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(settings.run_dir or f"runs/{process.share(run_id)[0]}")
@@ -2878,9 +2838,7 @@ def run_and_record(settings: Settings, process: Process, artifact: Artifact | No
     log = Log(process, run_dir)
     for name in ("result.json", "artifact.bin", "audit.json", "receipt.bin") if process.is_main else ():
         (run_dir / name).unlink(missing_ok=True)
-    if assumed:
-        device = "no" if assumed == "cpu" else "a"
-        log.line(f"RECIPE is not set and there is {device} CUDA device: RECIPE={assumed}")
+    log.line(notice)
     record: dict[str, object] = {"exit_code": 0, "run_id": run_id, "recipe": settings.recipe}
     record |= {"seed": settings.seed, "world_size": process.world_size, "settings": settings.changed()}
     try:
@@ -2899,15 +2857,16 @@ def run_and_record(settings: Settings, process: Process, artifact: Artifact | No
 
 def main(environment: Mapping[str, str]) -> int:
     """Run what `environment` asks for and return the exit code."""
-    assumed = "" if "RECIPE" in environment else "record" if torch.cuda.is_available() else "cpu"
-    environment = {**environment, "RECIPE": assumed} if assumed else environment
+    device, recipe = ("a", "record") if torch.cuda.is_available() else ("no", "cpu")
+    notice = f"RECIPE is not set and there is {device} CUDA device: RECIPE={recipe}"
+    notice, environment = "" if "RECIPE" in environment else notice, {"RECIPE": recipe, **environment}
     try:
         path = environment.get("EVAL_ONLY" if environment.get("CODEC", "none") == "none" else "ARTIFACT")
         artifact = read_artifact(Path(path)) if path else None
         settings = Settings.from_env(environment, artifact and artifact.settings)
         with open_process(environment, settings) as process:
             if settings.codec == "none":
-                run_and_record(settings, process, artifact, assumed)
+                run_and_record(settings, process, artifact, notice)
             elif process.is_main:
                 run_codec(settings, process, artifact)
         return 0

@@ -40,7 +40,7 @@ def score(trained: reduced.Trained, weights: dict[str, torch.Tensor], changes: d
     model, dataset, started = train_gpt.GPT(settings), trained.dataset, time.perf_counter()
     model.load_state_dict(weights)
     exact = dataset._replace(manifest={})  # bytes as they are counted above
-    lessons = (exact.size_of, len(dataset.val_tokens) - 1)
+    lessons = (exact.size_of, len(dataset.val_tokens) - 1) if settings.ttt_last_blocks else None
     scorer = train_gpt.Scorer(model, settings, trained.process, lessons=lessons)
     prices = scorer.prices(np.asarray(dataset.val_tokens))
     loss = -float(prices.astype(np.float64).mean())

@@ -188,8 +188,8 @@ def bench_cache(millions: int, process: train_gpt.Process) -> dict[str, object]:
     logp, entropy = torch.full((2, len(tokens) - 1), 3.0, device=process.device)
 
     def count():
-        for _ in train_gpt.count_orders(tokens, range(2, 13), 1024):
-            pass
+        for _, *lines in train_gpt.count_lines(tokens, 12, 1024):
+            train_gpt.count_line(*lines, tokens)
 
     def count_and_mix():
         known = train_gpt.recall(tokens, settings)

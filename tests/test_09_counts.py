@@ -8,15 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import (
-    SettingError,
-    Settings,
-    count_families,
-    count_orders,
-    exact_counts,
-    line_up,
-    recall,
-)
+from train_gpt import SettingError, Settings, count_families, exact_counts, line_up, recall
 
 
 def settings_for(vocab_size, **more):
@@ -52,7 +44,8 @@ STREAMS = {
 @pytest.mark.parametrize("vocab_size", [4, 256, 1024, 8192])
 def test_counts_are_a_dictionarys(vocab_size):
     tokens = random_tokens(vocab_size, 211)
-    for order, counts in count_orders(tokens, range(2, 13), vocab_size):
+    for order in range(2, 13):
+        counts = exact_counts(tokens, order, vocab_size)
         assert {column.dtype for column in counts} == {torch.int32}
         assert rows_of(counts) == reference.ngram_counts(tokens.tolist(), order), order
 
@@ -69,7 +62,8 @@ def test_awkward_streams(name, order):
 
 def test_counts_on_real_text(sample_data):
     tokens = np.fromfile(sample_data / "fineweb_val_000000.bin", "<u2", offset=1024)[:20_000].astype(np.int64)
-    for order, counts in count_orders(torch.from_numpy(tokens), range(2, 13), 1024):
+    for order in range(2, 13):
+        counts = exact_counts(torch.from_numpy(tokens), order, 1024)
         assert rows_of(counts) == reference.ngram_counts(tokens.tolist(), order), order
 
 
@@ -81,22 +75,23 @@ def test_any_stream(tokens, order):
 
 def test_two_step_sort_changes_nothing(monkeypatch):
     tokens = random_tokens(300, 500)
-    expected = [rows_of(counts) for _, counts in count_orders(tokens, range(2, 9), 300)]
+    expected = [rows_of(exact_counts(tokens, order, 300)) for order in range(2, 9)]
 
     def two_steps(group, target):
         return line_up(group + 2**62, target)  # group and place no longer fit one word
 
     monkeypatch.setattr(train_gpt, "line_up", two_steps)
-    assert [rows_of(counts) for _, counts in count_orders(tokens, range(2, 9), 300)] == expected
+    assert [rows_of(exact_counts(tokens, order, 300)) for order in range(2, 9)] == expected
 
 
-def test_only_wanted_orders_and_no_state():
+def test_no_state_and_no_order_below_2():
     tokens = random_tokens(16, 100)
-    first = [(order, rows_of(counts)) for order, counts in count_orders(tokens, [5, 3], 16)]
-    assert [order for order, _ in first] == [3, 5]
-    assert rows_of(exact_counts(tokens, 5, 16)) == first[1][1] == rows_of(exact_counts(tokens, 5, 16))
-    with pytest.raises(SettingError, match="2 at least"):
-        exact_counts(tokens, 1, 16)
+    first = [rows_of(exact_counts(tokens, order, 16)) for order in (5, 3)]
+    assert first[0] != first[1]
+    assert [rows_of(exact_counts(tokens, order, 16)) for order in (5, 3)] == first
+    for order in (1, 0, -3):
+        with pytest.raises(SettingError, match="2 at least"):
+            exact_counts(tokens, order, 16)
 
 
 def test_counts_of_all_targets_add_up_to_the_contexts():
@@ -165,5 +160,6 @@ def test_one_context_may_be_most_of_the_stream():
         (torch.zeros(150, dtype=torch.int64), torch.randint(0, 9, (150,), generator=generator))
     )
     tokens = tokens.T.flatten()
-    for order, counts in count_orders(tokens, (2, 3, 4), 9):
+    for order in (2, 3, 4):
+        counts = exact_counts(tokens, order, 9)
         assert rows_of(counts) == reference.ngram_counts(tokens.tolist(), order), order

@@ -156,6 +156,17 @@ def test_what_cannot_be_done_is_refused(rule, changes, words):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+def test_every_setting_of_the_tables_replaces_one_number_of_the_rule():
+    own = [field.name for field in dataclasses.fields(Settings) if field.name.startswith("ngram_")]
+    own.remove("ngram_cache")
+    assert len(own) == 7
+    for name in own:
+        value = 4 if Settings.__annotations__[name] == "int" else 0.5
+        changed = pseudo_rule("pr864", Settings(**{name: value}))
+        assert changed == PSEUDO_RULES["pr864"]._replace(**{name.removeprefix("ngram_"): value})
+        assert changed != PSEUDO_RULES["pr864"]
+
+
 def test_rules_are_those_of_the_setting_and_complete():
     field = next(field for field in dataclasses.fields(Settings) if field.name == "pseudo")
     assert set(field.metadata["choices"]) == {"none", *PSEUDO_RULES}

@@ -21,7 +21,9 @@ import reduced
 RESULTS = reduced.RECORDS / "curves.json"
 RECIPES = ("pr890", "pr810", "pr779", "pr834", "pr864")
 EVERY = 10  # steps of one point
-# Far more places of the text side by side than a step reads: a curve shows the model, not the documents.
+# Far more places of the text side by side than a step reads, and those of a step far apart: a curve shows the
+# model, not the documents.
+STRIDE = 181
 LENGTH = "ITERATIONS=400 WARMDOWN_ITERS=200 DATA_LANES=512"
 CHANGES = f"{reduced.WIDTH} {reduced.SCHEDULE} {LENGTH} FP16_MAX_NUMEL=0 SEED=1"
 TEXTS = ("mix", "stdlib")
@@ -40,7 +42,7 @@ def variables_of(recipe: str, text: str) -> dict[str, str]:
 def measure(recipe: str, text: str) -> dict[str, object]:
     """Return the curve and the final losses of one training."""
     folder = Path(reduced.ROOT, STDLIB) if text == "stdlib" else reduced.sample_folder()
-    trained = reduced.train_reduced(variables_of(recipe, text), 1, folder)
+    trained = reduced.train_reduced(variables_of(recipe, text), 1, folder, STRIDE)
     losses = trained.log.values("train", "train_loss")
     points = [statistics.mean(losses[at : at + EVERY]) for at in range(0, len(losses), EVERY)]
     size, quantized = trained.quantized()

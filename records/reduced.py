@@ -63,19 +63,22 @@ class Recorder(train_gpt.Log):
 
 
 class Shifted(train_gpt.TokenStream):
-    """A training stream that starts `shift` tokens further on in every lane."""
+    """A training stream that starts `shift` tokens on in every lane, and reads lanes `stride` apart."""
 
-    shift = 0
+    shift, stride = 0, 1
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Return `count` tokens from position `start` of the shifted stream on."""
-        return super().read(start + self.shift, count)
+        lanes = self.settings.data_lanes
+        lane, place = divmod(start, self.total // lanes)
+        return super().read(lane * self.stride % lanes * (self.total // lanes) + place + self.shift, count)
 
 
-def open_data(folder: Path, settings: train_gpt.Settings) -> train_gpt.Dataset:
+def open_data(folder: Path, settings: train_gpt.Settings, stride: int = 1) -> train_gpt.Dataset:
     """Return the dataset of `settings`: its training stream, and held-out training tokens to score."""
     tokenizer = train_gpt.Tokenizer.load(*folder.glob("*.model"))
     stream = Shifted(train_gpt.find_shards(folder, "train"), settings)
+    stream.stride = stride
     stream.shift = SEED_SHIFT * (settings.seed - 1)
     lane, tokens = stream.total // LANES, stream.shards[0]
     read = stream.shift + settings.iterations * settings.train_batch_tokens // settings.data_lanes
@@ -124,12 +127,14 @@ def sample_folder() -> Path:
     return Path(folder)
 
 
-def train_reduced(variables: dict[str, str], seed: int, folder: Path | None = None) -> Trained:
+def train_reduced(
+    variables: dict[str, str], seed: int, folder: Path | None = None, stride: int = 1
+) -> Trained:
     """Train once on `folder`, by default that of the sample data, with one thread."""
     torch.set_num_threads(1)
     settings = train_gpt.Settings.from_env({**variables, "SEED": str(seed)})
     with train_gpt.open_process({}, settings) as process:
-        dataset, log = open_data(folder or sample_folder(), settings), Recorder()
+        dataset, log = open_data(folder or sample_folder(), settings, stride), Recorder()
         weights, _ = train_gpt.train(dataset, settings, process, log, compiled=False)
     parameters = sum(weight.numel() for weight in weights.values())
     return Trained(weights, settings, dataset, process, log, parameters)

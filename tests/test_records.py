@@ -64,6 +64,15 @@ def test_seeds_read_different_tokens_and_parts_the_same(folder):
     assert reduced.open_data(folder, gated).stream.batch(0, 0).equal(batches[0])
 
 
+def test_a_stride_takes_every_lane_once(folder):
+    """Lanes in another order: all of them, and each at its own place."""
+    settings = train_gpt.Settings.from_env(reduced.variables_of(f"{TINY} SEED=2"))
+    plain, mixed = (reduced.open_data(folder, settings, stride).stream for stride in (1, 5))
+    first = [np.concatenate([stream.batch(step, 0) for step in (0, 1)]) for stream in (plain, mixed)]
+    assert not (first[0] == first[1]).all()
+    assert (first[0][np.arange(16) * 5 % 16] == first[1]).all()
+
+
 def test_reduced_training_is_repeatable_and_scores_what_it_exports(folder):
     """Same variables and seed, same loss; random bytes cost about log 256; MTP heads stay out."""
     variables = reduced.variables_of(f"{TINY} MTP_NUM_HEADS=1 QAT_START=scale:0.75 MATRIX_BITS=6")

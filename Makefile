@@ -15,7 +15,7 @@ data: .venv/run.stamp
 	$(VENV) data/text.py
 
 test: .venv/dev.stamp
-	OMP_NUM_THREADS=1 $(VENV) -m pytest -q
+	OMP_NUM_THREADS=1 $(VENV) -m pytest -q -n 2
 
 test-slow: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -q -m slow

@@ -125,8 +125,9 @@ RECIPES = {
         MICRO_BATCH_SLOTS=2 DATA_LANES=4 VAL_LOSS_EVERY=2 VAL_BATCH_SIZE=1024 EVAL_STRIDE=8 EMA_DECAY=0.8""",
     # The five reference submissions, by pull request of openai/parameter-golf: what their code does, not what
     # their READMEs say (779's, 834's: value residual, gated attention). Not so here: QAT has the exporter's
-    # quantizer and reaches embeddings, SWA may be exported (890, 779, 834 drop it), held-out training tokens
-    # choose weights (864: validation text), the clipped norm is global (864: local), gains are float32.
+    # quantizer and reaches embeddings (pruning is the export's alone), SWA may be exported (890, 779, 834
+    # drop it), held-out training tokens choose weights (864: validation text), the clipped norm is global
+    # (864: local) and waits for the sums of gradients, gains are float32.
     "pr890": f"{WIDE} BIGRAM_VOCAB_SIZE=4096 EVAL_STRIDE=32 PSEUDO=pr890",
     "pr810": f"""{REFERENCE} NUM_LAYERS=10 MLP_MULT=3 SMEAR_GATE=twentieth BIGRAM_VOCAB_SIZE=2048
         BIGRAM_HASH=linear XSA_LAST_N=4 PRE_ENRICH_DIM=768 UNET_LONGER_HALF=encoder EMBED_INIT=overtone
@@ -152,7 +153,9 @@ REFUSED = """LEAKY_RELU:MLP_ACTIVATION MLP_MULT_ENCODER:MLP_MULT MLP_MULT_DECODE
     RUN_CONFIG:RECIPE TTT_ONLY:EVAL_ONLY SKIP_SLIDING:EVAL_STRIDE NGRAM_ENT_BASE:NGRAM_ALPHA_MIN
     SWA_START_FRAC:SWA_START_SCALE WEIGHT_DECAY:MUON_WD+ADAM_WD GRAD_ACCUM_STEPS:MICRO_BATCH_SLOTS
     NGRAM_ENT_RANGE:NGRAM_ALPHA_MAX NGRAM_ALPHA:NGRAM_ALPHA_MIN+NGRAM_ALPHA_MAX USE_TTT:TTT_LAST_BLOCKS
-    QTTT:TTT_LAST_BLOCKS TTT_MODE:TTT_LAST_BLOCKS USE_POLYAK:POLYAK_DECAY"""
+    QTTT:TTT_LAST_BLOCKS TTT_MODE:TTT_LAST_BLOCKS USE_POLYAK:POLYAK_DECAY TTT_OPTIMIZER:TTT_LAST_BLOCKS
+    BYTE_WEIGHTED_TTT:TTT_LAST_BLOCKS TTT_TEMPERATURE:PSEUDO NGRAM_ENTROPY_CENTER:PSEUDO MIXER_ETA:PSEUDO
+    NGRAM_MIN_ORDER:PSEUDO NGRAM_TWO_PASS:PSEUDO ADAPTIVE_LR:TTT_LR"""
 FREEZE = "TTT_LAST_BLOCKS, the blocks that adapt (#779 and #834 count those, #864 the first that do not),"
 REFUSED_NAMES = {**dict(pair.split(":") for pair in REFUSED.split()), "TTT_FREEZE_BLOCKS": FREEZE}
 OTHER_TOOLS = {"COMPILER", "MODEL_DIR", "DATASET_PATH", "OMP_NUM_THREADS"}  # close to settings' names
@@ -410,7 +413,7 @@ class Process(NamedTuple):
 
     def start_sum(self, bank: Tensor, own_only: bool) -> list:
         """Start adding `bank` (`own_only`: `own(bank)` alone) over all ranks; wait for the handles."""
-        if self.world_size > 1 and own_only and bank.is_cuda:  # gloo has not always had a reduce-scatter
+        if self.world_size > 1 and own_only:
             return [distributed.reduce_scatter(self.own(bank), [*bank.chunk(self.world_size)], async_op=True)]
         return [distributed.all_reduce(bank, async_op=True)] if self.world_size > 1 else []
 
@@ -1475,7 +1478,7 @@ class TestTimeTraining:
 
     After chunk k of n, but the last: AdamW at TTT_LR * (1 + cos(pi k / (n - 1))) / 2 on sum(nll * bytes) /
     sum(bytes) of TTT_BATCH_SEQS windows a step, shared out over the ranks. What scores is a = POLYAK_DECAY *
-    a + (1 - POLYAK_DECAY) * weights. n is that of `total` targets: how long a text is, is no part of it."""
+    a + (1 - POLYAK_DECAY) * weights. n is that of `total` targets, a number that a decoder is told."""
 
     def __init__(self, model: GPT, settings: Settings, process: Process, size_of, total: int) -> None:
         """`size_of(tokens)`: bytes of all tokens but the first, as in the account."""
@@ -1491,8 +1494,7 @@ class TestTimeTraining:
 
     def reset(self) -> None:
         """Forget all that was learned, but `moved`: by how much it changed one weight at most."""
-        pairs = zip(self.live, self.kept, strict=True)
-        self.moved = max(float((live - kept).abs().max()) for live, kept in pairs)
+        self.moved = max(float(change.abs().max()) for change in torch._foreach_sub(self.live, self.kept))
         changes = {"adam_wd": 0.0, "beta1": 0.9, "beta2": 0.999, "adam_eps": 1e-8, "grad_clip_norm": 1.0}
         groups = [{"params": self.adaptive, "base_lr": self.settings.ttt_lr}]
         self.optimizers = Optimizers(groups, [], dataclasses.replace(self.settings, **changes), self.process)
@@ -1527,6 +1529,7 @@ def score_stream(logits, tokens, settings, stride, process, label, proposals=Non
     """Yield this rank's ScoredChunks of all targets of `tokens` (N + 1,); `proposals` (K, N) are priced too.
 
     `learner`, of the model behind `logits`, learns from each chunk once all of its windows are scored."""
+    _ = learner and learner.reset()
     total, size = len(tokens) - 1, settings.ttt_chunk_tokens
     plan, ends = plan_windows(total, settings.window, stride), range(size, total, size) if learner else ()
     asked = torch.from_numpy(tokens[None, 1:].astype(np.int32)).to(process.device)
@@ -1540,8 +1543,7 @@ def score_stream(logits, tokens, settings, stride, process, label, proposals=Non
             yield ScoredChunk(positions, ids[0], priced[0], entropy, torch.cat((priced[1:], beside)))
         if chunk < len(ends):
             learner.learn(tokens, chunk)
-    if learner:
-        learner.reset()
+    _ = learner and learner.reset()
 
 
 def bits_per_byte(nats: float, size: int) -> float:
@@ -1853,10 +1855,8 @@ def mix_prices(tokens, known: Recall, logp, entropy, proposed, settings: Setting
         cache = (weights[1:] * prices[1:]).sum(dim=0).log()
         gated[part] = torch.logaddexp(weights[0].log() + logp[part], cache) - weights.sum(dim=0).log()
         network.learn(chunk, forward)
-    alone, *mean = (usage / max(len(logp), 1)).tolist()
-    weights = {"neural": alone} | {
-        name: mean[i] + mean[i + families] for i, name in enumerate(known.families)
-    }
+    mean = (torch.cat((usage[:1], usage[1:].view(2, -1).sum(dim=0))) / max(len(logp), 1)).tolist()
+    weights = dict(zip(("neural", *known.families), mean, strict=True))
     return Mixture(never_worse(logp, gated), weights, network, float((gated - logp.double()).sum()))
 
 
@@ -2147,7 +2147,7 @@ class PseudoOracle:
 CODEC_MAGIC, CODEC_VERSION = b"GOLFTXT\n", 1
 CODEC_PREFIX = struct.Struct("<8sI32sQQ32s")  # magic, version, artifact, tokens, raw bytes, their SHA-256
 HEAD_TARGETS, LATE_TARGETS = 512, 1_024  # targets of a receipt's two spans
-AUDIT_HEAD, AUDIT_SPREAD, FLIPS = 4_096, 4, 3  # first targets priced again, single ones, futures altered
+AUDIT_HEAD, AUDIT_SPREAD, FLIPS = 4_096, 8, 3  # first targets priced again, short spans, futures altered
 
 
 class NeuralSteps:
@@ -2297,13 +2297,12 @@ class SlowCache:
 class Scorer:
     """The run's scorer: all prices of a stream at once, or one distribution after the other."""
 
-    def __init__(self, model: GPT, settings, process, logits=None, table=None, lessons=None) -> None:
-        """`logits`: `model.logits`, perhaps compiled, for the fast path; `table`: columns of a Scored.
-
-        `lessons`: the last two parameters of TestTimeTraining, without which nothing is learned."""
+    def __init__(self, model: GPT, settings, process, logits=None, lessons=None, starts=None) -> None:
+        """`logits`: `model.logits`, perhaps compiled, for the fast path; `lessons`: last two parameters of
+        TestTimeTraining, else nothing is learned; `starts`: Scored of the first targets, by their number."""
         self.lessons = lessons
         self.learner = lessons and TestTimeTraining(model, settings, process, *lessons)
-        self.model, self.settings, self.process, self.table = model, settings, process, table
+        self.model, self.settings, self.process, self.starts = model, settings, process, starts or {}
         self.logits, self.past, self.slow, self.neural = logits or model.logits, None, None, None
 
     def score(self, tokens: np.ndarray, table: Tensor | None = None, beside: int = 0) -> Scored:
@@ -2336,7 +2335,7 @@ class Scorer:
             if exact:
                 begin = max(c.start for c in plan_chunks(len(past), self.settings.cache_chunk_tokens))
                 first = begin + 1
-                scored = self.score(past[:first], None if self.table is None else self.table[:, :begin])
+                scored = self.starts.get(begin) or self.score(past[:first])
                 self.slow = SlowCache(past[:first], scored.table[1], scored.mixture, self.settings)
             if self.neural is None or not np.array_equal(past[:first][: len(before)], before):
                 self.neural = NeuralSteps(self.model, self.settings, self.process, self.lessons)
@@ -2465,7 +2464,7 @@ def audit_spans(predict, again, tokens: np.ndarray, prices: np.ndarray, spans) -
 def audit_causal(prices, head: np.ndarray, vocab_size: int) -> float:
     """Return the largest change of a price in `prices(head)` when tokens at or behind it change."""
     random, before, changes = np.random.default_rng(0), prices(head), [0.0]
-    for target in random.integers(len(head) - 1, size=FLIPS).tolist():
+    for target in ((len(head) - 1) * (np.arange(FLIPS) + random.random(FLIPS)) / FLIPS).astype(int).tolist():
         altered = head.astype(np.int64)
         altered[target + 1 :] += random.integers(1, vocab_size, len(head) - 1 - target)
         flipped = prices((altered % vocab_size).astype(head.dtype))
@@ -2474,7 +2473,10 @@ def audit_causal(prices, head: np.ndarray, vocab_size: int) -> float:
 
 
 def load_model(artifact: Artifact, settings: Settings, process: Process) -> GPT:
-    """Return a fresh model with the shape and the weights of `artifact`, on the device."""
+    """Return a fresh model with the shape and the weights of `artifact`, on the device.
+
+    From here on every pass gives the same bits each time: a decoder depends on it."""
+    torch.use_deterministic_algorithms(True, warn_only=process.device.type == "cuda")
     shape = {name: artifact.settings[name] for name in settings.stored_values(("shape",))}
     model = GPT(dataclasses.replace(settings, mtp_num_heads=0, **shape)).to(process.device)
     model.load_state_dict(artifact.weights)
@@ -2526,15 +2528,15 @@ def audit_recorded(settings: Settings, log: Log) -> str:
             tokens, prices, size, targets, logp, val_bpb = map(file.__getitem__, names)
         each = len(tokens) - 1
         require(prices.shape == size.shape == (each,), f"prices and bytes are not {each} each")
-        require(len(targets) > 0, "it records the distribution of no target")
+        require(len(targets) > 0 and (np.diff(targets) > 0).all(), "it has no target, or they do not ascend")
 
         def predict(past: np.ndarray) -> np.ndarray:
             return np.exp(logp[np.searchsorted(targets, len(past) - 1)].astype(np.float64))
 
         found, _ = audit_spans(predict, predict, tokens, prices, [targets])
         rules = [int(tokenizer.target_bytes(tokens, exact).sum()) for exact in (True, False)]
-        bpb = bits_per_byte(-prices.sum(dtype=np.float64), size.sum())
-        found["ledger"] = [abs(bpb - float(val_bpb)), 1e-6]
+        found["ledger"] = [abs(bits_per_byte(-prices.sum(dtype=float), size.sum()) - float(val_bpb)), 1e-6]
+        found["coverage"] = [int((~np.isfinite(prices)).sum()), 0]
     except (*ARTIFACT_FAULTS, OSError, EOFError, IndexError, zipfile.BadZipFile) as error:
         raise DataError(f"AUDIT_TARGET={settings.audit_target}: {error}; README.md describes it") from error
     found["normalised"][1] = 1e-6  # of rows in float32
@@ -2554,15 +2556,16 @@ def audit_run(scorer: Scorer, scored: Scored, score: Score, path, dataset: Datas
     begins = [chunk.start for chunk in plan_chunks(total, s.cache_chunk_tokens)]
     border = next((b for b in begins if b >= 2 * total // 3 + LATE_TARGETS // 2), total)
     late = max(border - LATE_TARGETS // 2, min(HEAD_TARGETS, total))
-    single = [range(b, b + 1) for b in begins[:: len(begins) // AUDIT_SPREAD + 1] if HEAD_TARGETS <= b < late]
+    spread = [range(b, late)[:8] for b in begins[:: len(begins) // AUDIT_SPREAD + 1] if b >= HEAD_TARGETS]
     # In ascending order what test-time training learned is learned again once.
-    spans = [*filter(len, (range(late)[:HEAD_TARGETS], *single, range(late, total)[:LATE_TARGETS]))]
+    spans = [*filter(len, (range(late)[:HEAD_TARGETS], *spread, range(late, total)[:LATE_TARGETS]))]
 
-    def fresh(logits=None, table=None, **changes: object) -> Scorer:
-        return Scorer(model, dataclasses.replace(s, **changes), alone, logits, table, scorer.lessons)
+    def fresh(logits=None, starts=None, **changes: object) -> Scorer:
+        return Scorer(model, dataclasses.replace(s, **changes), alone, logits, scorer.lessons, starts)
 
-    before, head = scored.table[:, :late], tokens[: AUDIT_HEAD + 1]
-    encoder, decoder = (fresh(table=before).predict for _ in range(2))
+    starts, head = {max(b for b in begins if b <= span[0]) for span in spans}, tokens[: AUDIT_HEAD + 1]
+    starts = {begin: fresh().score(tokens[: begin + 1], scored.table[:, :begin]) for begin in starts}
+    encoder, decoder = (fresh(starts=starts).predict for _ in range(2))
     found, coded = audit_spans(encoder, decoder, tokens, prices, spans)
     brisk = fresh(ttt_chunk_tokens=min(s.ttt_chunk_tokens, max(s.window, AUDIT_HEAD // 4)))
     found["causal"] = [audit_causal(brisk.prices, head, s.vocab_size), 1e-6]
@@ -2574,8 +2577,7 @@ def audit_run(scorer: Scorer, scored: Scored, score: Score, path, dataset: Datas
     found["gate closed"] = [deviation(closed, neural), 0.0]
     found["uniform"] = [deviation(flat.prices(head), np.full_like(neural, -math.log(s.vocab_size))), 1e-6]
     found["coverage"] = [int((scored.table[0] != 1).sum()), 0]
-    bpb = bits_per_byte(-prices.sum(dtype=np.float64), score.bytes)
-    found["ledger"] = [abs(score.val_bpb - bpb), 1e-6]
+    found["ledger"] = [abs(score.val_bpb - bits_per_byte(-prices.sum(dtype=float), score.bytes)), 1e-6]
     used = {name: weight.cpu().numpy() for name, weight in scorer.model.state_dict().items()}
     found["artifact"] = [max(deviation(used[n], w.numpy()) for n, w in artifact.weights.items()), 0.0]
     if dataset.stream:
@@ -2750,7 +2752,7 @@ def evaluate(artifact, dataset, settings, process, log, compiled, path, trained)
     body = model.logits if settings.pseudo == "none" else pseudo_logits(model)
     logits = torch.compile(body, dynamic=False) if compiled else body
     lessons = (dataset.size_of, len(tokens) - 1) if settings.ttt_last_blocks else None
-    scorer = Scorer(model, settings, process, logits, None, lessons)
+    scorer = Scorer(model, settings, process, logits, lessons)
     scored = scorer.score(tokens, beside=rule.beside if rule else 0)
     score = account(scored.table[0], scored.mixture.logp, dataset.target_bytes)
     clock.stop()  # what follows describes the score, or is none

@@ -62,7 +62,9 @@ def keep(report: dict, job: tuple[str, str], figures: dict[str, object]) -> None
     recipe, text = job
     known = report["texts"].setdefault(text, {}) | {recipe: figures}
     report["texts"][text] = {name: known[name] for name in RECIPES if name in known}
-    reduced.write_json(RESULTS, {"every": EVERY, "changes": " ".join(CHANGES.split())} | report)
+    reduced.write_json(
+        RESULTS, {"every": EVERY, "stride": STRIDE, "changes": " ".join(CHANGES.split())} | report
+    )
     print(text, recipe, {name: value for name, value in figures.items() if name != "train_loss"}, flush=True)
 
 

@@ -316,6 +316,22 @@ def test_the_model_comes_back_as_it_was_and_may_be_scored_again(process):
     assert collect(score_stream(*stream)).logp.equal(first)
 
 
+def test_learners_of_one_model_and_streams_cut_short_change_nothing(process):
+    """Each stream starts from the artifact's weights with gradients and moments of its own."""
+    tokens = text_of(131)
+    expected, model, learner = adapted(tokens, process)
+    other = train_gpt.TestTimeTraining(model, learner.settings, process, sizes_of, 130)
+    stream = (model.logits, tokens, learner.settings, 3, process, "test", None)
+    assert collect(score_stream(*stream, learner)).logp.equal(expected)
+    assert collect(score_stream(*stream, other)).logp.equal(expected)
+    cut = score_stream(*stream, learner)
+    for _ in range(20):
+        next(cut)
+    cut.close()
+    assert not all(live.equal(kept) for live, kept in zip(learner.live, learner.kept, strict=True))
+    assert collect(score_stream(*stream, learner)).logp.equal(expected)
+
+
 def test_only_queries_of_the_last_blocks_and_scales_adapt(process, monkeypatch):
     changed = {}
 

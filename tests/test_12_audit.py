@@ -831,7 +831,7 @@ def test_a_recorded_evaluator_passes(recorded, training, evaluator, capsys):
     assert recorded() == 0
     report, printed = report_of(training), capsys.readouterr().out
     assert report["passed"]
-    expected = {"normalised", "fast is slow", "decodes", "coded size", "ledger", "bytes"}
+    expected = {"normalised", "fast is slow", "decodes", "coded size", "coverage", "ledger", "bytes"}
     assert report["conditions"].keys() == expected
     assert report["conditions"]["normalised"]["tolerance"] == 1e-6
     assert all(f"{name} {entry['deviation']:.2g}" in printed for name, entry in report["conditions"].items())
@@ -857,6 +857,7 @@ RECORDED = {
     "one row that does not": ("logp", lambda rows: bent(rows, lambda row: row + 1e-5, 7), "normalised"),
     "a price that is not the row's": ("prices", lambda p: bent(p, lambda x: x + 0.01, 3), "fast is slow"),
     "a price that is no number": ("prices", lambda p: bent(p, lambda x: x * math.nan, 150), "ledger"),
+    "a target without a price": ("prices", lambda p: bent(p, lambda x: x * math.nan, 150), "coverage"),
     "bytes that are none of the text": ("bytes", lambda size: bent(size, lambda x: x + 1, 5), "bytes"),
     "another figure": ("val_bpb", lambda bpb: bpb - 0.001, "ledger"),
 }
@@ -874,6 +875,7 @@ UNREADABLE = {
     "missing prices": ({"prices": slice(0, -5)}, "are not"),
     "missing bytes": ({"bytes": slice(0, -5)}, "are not"),
     "no distribution": ({"targets": slice(0, 0), "logp": slice(0, 0)}, "no target"),
+    "targets that do not ascend": ({"targets": slice(None, None, -1)}, "do not ascend"),
     "missing rows": ({"logp": slice(0, 20)}, "out of bounds"),
 }
 
@@ -915,6 +917,25 @@ def test_a_damaged_record_is_refused(damage, evaluator, training, tmp_path, caps
     message = capsys.readouterr().err
     assert message.startswith(f"error: AUDIT_TARGET={path}: ") and message.count("\n") == 1
     assert result_of(training)["exit_code"] == 5
+
+
+def test_futures_are_altered_in_every_third_of_the_head():
+    """The first of them lies inside the first window, where no later flip shows what happens."""
+    seen = []
+
+    def prices(tokens):
+        seen.append(tokens)
+        return np.zeros(len(tokens) - 1)
+
+    head = np.random.default_rng(1).integers(2, 50, train_gpt.AUDIT_HEAD + 1).astype(np.uint16)
+    assert train_gpt.audit_causal(prices, head, 50) == 0
+    firsts = [int(np.flatnonzero(altered != head)[0]) - 1 for altered in seen[1:]]
+    assert [first * 3 // train_gpt.AUDIT_HEAD for first in firsts] == [0, 1, 2]
+    assert all(
+        (altered[first + 1 :] != head[first + 1 :]).all()
+        for altered, first in zip(seen[1:], firsts, strict=True)
+    )
+    assert train_gpt.audit_causal(lambda tokens: np.full(len(tokens) - 1, float(tokens[-1])), head, 50) > 0
 
 
 def test_the_decoder_has_nothing_behind_its_span():

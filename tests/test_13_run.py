@@ -274,10 +274,10 @@ def test_two_ranks_train_and_score_as_one(env, tmp_path):
 def test_two_ranks_learn_what_they_score_as_one(env, tmp_path):
     """Test-time training, and the audit of it: rank 0 alone goes through all that both have learned."""
     learning = {"TTT_LAST_BLOCKS": "1", "TTT_CHUNK_TOKENS": "128", "TTT_LR": "0.02", "POLYAK_DECAY": "0.5"}
-    assert main({**env, "NGRAM_CACHE": "none"}) == 0
+    assert main(env) == 0
     artifact = str(Path(env["RUN_DIR"]) / "artifact.bin")
     plain = result_of(env)["val_loss"]
-    env |= {**learning, "EVAL_ONLY": artifact, "NGRAM_CACHE": "none"}
+    env |= {**learning, "EVAL_ONLY": artifact}
     one, two = ({**env, "RUN_DIR": str(tmp_path / name)} for name in ("one", "two"))
     assert main(one) == 0
     done = torchrun(2, "train_gpt.py", env={**two, "AUDIT": "1"})
@@ -682,6 +682,13 @@ def test_compiled_run_scores_like_the_plain_one(env, tmp_path):
         assert main(run) == 0
         results.append(result_of(run)["val_loss"])
     assert results[1] == pytest.approx(results[0], abs=1e-3)
+
+
+@pytest.mark.gpu
+def test_cuda_run_is_proven(env):
+    """Slow path and receipt on CUDA, test-time training among what a decoder goes through again."""
+    learning = {"TTT_LAST_BLOCKS": "1", "TTT_CHUNK_TOKENS": "256", "TTT_LR": "0.003"}
+    assert main({**env, **learning, "ITERATIONS": "20", "AUDIT": "1"}) == 0
 
 
 @pytest.mark.gpu

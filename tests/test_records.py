@@ -145,7 +145,7 @@ def test_stored_curves_decrease_over_several_hundred_steps(recipe, text):
     smooth = [statistics.mean(losses[at : at + 5]) for at in range(len(losses) - 4)]
     assert max(after - before for before, after in zip(smooth, smooth[5:], strict=False)) < 0.1
     assert smooth[-1] < smooth[0] - 1.0
-    assert report["changes"] == " ".join(curves.CHANGES.split())
+    assert report["changes"] == " ".join(curves.CHANGES.split()) and report["stride"] == curves.STRIDE
     settings = train_gpt.Settings.from_env(curves.variables_of(recipe, text))
     assert settings.iterations == len(losses) * every
 

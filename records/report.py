@@ -68,6 +68,11 @@ def alternatives_table() -> str:
     return "\n".join(rows)
 
 
+def bench_reports() -> list[dict]:
+    """Return what `make bench` wrote on each processor."""
+    return [json.loads(path.read_text()) for path in sorted((RECORDS / "bench").glob("*.json"))]
+
+
 def bench_table() -> str:
     """Return the table of measured speeds by processor and recipe; a cell stays empty without its figure."""
     head = (
@@ -79,8 +84,7 @@ def bench_table() -> str:
         "optimizer's share",
     )
     rows = [f"| {' | '.join((*head, 'peak memory', 'scoring'))} |", "| --- " * 8 + "|"]
-    for path in sorted((RECORDS / "bench").glob("*.json")):
-        report = json.loads(path.read_text())
+    for report in bench_reports():
         for recipe, v in report["recipes"].items():
             batch = f"{v['batch_tokens']:,} of {v['sequence_length']:,}" if "batch_tokens" in v else ""
             peak = f"{v['peak_mib']:,} MiB" if "peak_mib" in v else ""
@@ -90,6 +94,30 @@ def bench_table() -> str:
                 f"{v['train_tokens_per_second']:,.0f} | {v['step_ms']:,.0f} ms | "
                 f"{v['optimizer_share']:.0%} | {peak} | {scoring} |"
             )
+    return "\n".join(rows)
+
+
+def pseudo_table() -> str:
+    """Return the table of #864's rule against straightforward numpy, by processor."""
+    rows = ["| processor | #864's rule, tokens a second | one bincount per chunk and table | times |"]
+    rows.append("| --- | --- | --- | --- |")
+    for report in bench_reports():
+        if v := report.get("pseudo"):
+            speeds = f"{v['pseudo_tokens_per_second']:,.0f} | {v['bincount_tokens_per_second']:,.0f}"
+            rows.append(f"| {report['processor']} | {speeds} | {v['times_faster']:.1f} |")
+    return "\n".join(rows)
+
+
+def codec_table() -> str:
+    """Return the table of the codec: speed, and size beside general-purpose compressors on the same text."""
+    head = ("processor", "artifact", "bytes", "compress, bytes a second", "decompress", "bits per byte")
+    rows = [f"| {' | '.join((*head, 'PPMd order 16', 'xz -9e'))} |", "| --- " * 8 + "|"]
+    for report in bench_reports():
+        if v := report.get("codec"):
+            speeds = (f"{v[f'{way}_bytes_per_second']:,.0f}" for way in ("compress", "decompress"))
+            sizes = (f"{v[f'{coder}_bits_per_byte']:.4f}" for coder in ("coded", "ppmd", "xz"))
+            cells = (report["processor"], v["artifact"], f"{v['bytes']:,}", *speeds, *sizes)
+            rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -169,8 +197,7 @@ def growth_table() -> str:
         "| processor | tokens | counting, tokens a second | counting and mixing | seconds | peak memory |"
     ]
     rows.append("| --- | --- | --- | --- | --- | --- |")
-    for path in sorted((RECORDS / "bench").glob("*.json")):
-        report = json.loads(path.read_text())
+    for report in bench_reports():
         for v in report.get("cache", []):
             rows.append(
                 f"| {report['processor']} | {v['tokens']:,} | {v['count_tokens_per_second']:,.0f} | "
@@ -293,6 +320,8 @@ BLOCKS = {
     "settings": settings_table,
     "alternatives": alternatives_table,
     "bench": bench_table,
+    "pseudo": pseudo_table,
+    "codec": codec_table,
     "streams": streams_table,
     "buckets": buckets_table,
     "growth": growth_table,

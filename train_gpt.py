@@ -2502,22 +2502,21 @@ def audit_data(dataset: Dataset, score: Score, folder: Path) -> dict[str, list[f
 
 
 def audit_report(found: dict[str, list[float]], log: Log, started: float, **more: object) -> str:
-    """Write audit.json; return the conditions that are broken, as text. `started`: of time.perf_counter."""
+    """Write audit.json; return "passed" or the broken conditions. `started`: of time.perf_counter."""
     # JSON knows no infinity; what is no number counts as the largest.
     found = {name: (min(sys.float_info.max, value), most) for name, (value, most) in found.items()}
     off = {name: f"off by {v:.3g} (at most {most:g})" for name, (v, most) in found.items() if v > most}
     report = {"passed": not off, "broken": list(off), "seconds": time.perf_counter() - started}
     report |= {"conditions": {n: {"deviation": v, "tolerance": m} for n, (v, m) in found.items()}, **more}
     write_atomically(log.folder / "audit.json", (json.dumps(report, indent=2) + "\n").encode())
-    verdict = ", ".join(f"{name} is {by}" for name, by in off.items())
+    verdict = ", ".join(f"{name} is {by}" for name, by in off.items()) or "passed"
     measured = ", ".join(f"{name} {value:.2g}" for name, (value, _) in found.items())
-    line = f"audit: {verdict or 'all hold'} ({measured}) seconds:{report['seconds']:.1f}"
-    log.event("audit", line, **report)
+    log.event("audit", f"audit: {verdict} ({measured}) seconds:{report['seconds']:.1f}", **report)
     return verdict
 
 
 def audit_recorded(settings: Settings, log: Log) -> str:
-    """Audit AUDIT_TARGET, an .npz file; return what is broken, "" if nothing is. Raises DataError.
+    """Audit AUDIT_TARGET, an .npz file; return "passed" or what is broken. Raises DataError.
 
     It holds tokens (N + 1,), prices (N,) in nats and bytes (N,) of all targets, val_bpb (), and, of some
     targets (M,), counted from 0 and ascending, logp (M, V)."""
@@ -2541,11 +2540,12 @@ def audit_recorded(settings: Settings, log: Log) -> str:
         raise DataError(f"AUDIT_TARGET={settings.audit_target}: {error}; README.md describes it") from error
     found["normalised"][1] = 1e-6  # of rows in float32
     found["bytes"] = [min(abs(int(size.sum()) - rule) for rule in rules), 0]
-    return audit_report(found, log, started)
+    log.line(f"audit: val_bpb {float(val_bpb):.8f}, {len(targets)} of {each} prices are held against rows")
+    return audit_report(found, log, started, val_bpb=float(val_bpb), targets=each, rows=len(targets))
 
 
 def audit_run(scorer: Scorer, scored: Scored, score: Score, path, dataset: Dataset, log: Log, trained) -> str:
-    """Prove on the artifact at `path` that `score` is a code length; return what is broken, "" if nothing is.
+    """Prove on the artifact at `path` that `score` is a code length; return "passed" or what is broken.
 
     Writes audit.json and receipt.bin beside each other. Two fresh scorers of the file on disk take the parts
     of encoder and decoder; of the run they get the neural prices of targets before the late span alone.
@@ -2593,11 +2593,11 @@ def audit_run(scorer: Scorer, scored: Scored, score: Score, path, dataset: Datas
 def run_codec(settings: Settings, process: Process, artifact: Artifact) -> None:
     """Compress or decompress INPUT to OUTPUT with `artifact`; on one thread, for the same bits each time."""
     torch.set_num_threads(1)
-    target, start = Path(settings.output), time.perf_counter()
+    target, start = Path(settings.output).resolve(), time.perf_counter()
     target.parent.mkdir(parents=True, exist_ok=True)
     used = [Path(name).resolve() for name in (settings.input, settings.artifact)]
-    if target.resolve() in used or target.is_dir() or not os.access(target.parent, os.W_OK):
-        raise SettingError(f"OUTPUT={target} is INPUT, ARTIFACT or a folder, or locked; name another file")
+    if target in used or (target.exists() and not target.is_file()) or not os.access(target.parent, os.W_OK):
+        raise SettingError(f"OUTPUT={settings.output} is INPUT, ARTIFACT, no plain file or locked; change it")
     tokenizer = artifact.tokenizer or Tokenizer.load(Path(settings.tokenizer_path))
     if tokenizer.sha256 != artifact.tokenizer_sha256:
         raise DataError(f"TOKENIZER_PATH={settings.tokenizer_path} is not the artifact's tokenizer; set that")
@@ -2787,7 +2787,7 @@ def run(settings: Settings, process: Process, log: Log, artifact: Artifact | Non
     cuda = process.device.type == "cuda"
     device = torch.cuda.get_device_name() if cuda else f"cpu with {torch.get_num_threads()} threads"
     log.line(f"torch:{torch.__version__} python:{sys.version.split()[0]} device:{device}")
-    log.line(f"script_sha256:{script_sha256}")
+    log.line(f"script_sha256:{script_sha256} run_dir:{log.folder}")
     if settings.audit_target:
         return {"audit": audit_recorded(settings, log)}
     compiled = settings.compile == "1" or (cuda and settings.compile == "auto")
@@ -2847,8 +2847,8 @@ def run_and_record(settings: Settings, process: Process, artifact: Artifact | No
         record |= run(settings, process, log, artifact)
         if (size := record.get("total_bytes", 0)) > (limit := settings.artifact_limit_bytes):
             raise SizeError(f"{size} bytes of code and weights, over ARTIFACT_LIMIT_BYTES={limit}; shrink it")
-        if broken := record.get("audit"):
-            raise AuditError(f"the score is not proven: {broken}; see audit.json")
+        if (verdict := record.get("audit", "passed")) != "passed":
+            raise AuditError(f"the score is not proven: {verdict}; see audit.json")
     except BaseException as error:
         record["exit_code"], record["error"] = failure_of(error)
         raise

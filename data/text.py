@@ -18,6 +18,8 @@ import io
 import json
 import lzma
 import os
+import re
+import shlex
 import struct
 import sys
 import sysconfig
@@ -215,7 +217,9 @@ def train_tokenizer(documents: list[bytes], vocab_size: int) -> bytes:
         )
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise DataError(f"--vocab-size {vocab_size} does not fit this text ({reason}); change it") from error
+        most = re.search(r"<= (\d+)", reason)
+        remedy = f"choose {most[1]} at most" if most else f"change it ({reason})"
+        raise DataError(f"--vocab-size {vocab_size} does not fit this text; {remedy}") from error
     return model.getvalue()
 
 
@@ -239,6 +243,14 @@ def up_to_date(folder: Path, digest: str) -> bool:
         return False
 
 
+def how_to_use(folder: Path) -> str:
+    """Return the variables to use the dataset in `folder` with, as a shell takes them."""
+    tokenizer = folder / json.loads((folder / "manifest.json").read_text())["tokenizer"]["file"]
+    size = len(Tokenizer.load(tokenizer).pieces)
+    paths = f"DATA_PATH={shlex.quote(str(folder))} TOKENIZER_PATH={shlex.quote(str(tokenizer))}"
+    return f"use with {paths} VOCAB_SIZE={size}"
+
+
 def build(arguments: argparse.Namespace) -> str:
     """Make the dataset; return the line to print."""
     if arguments.inputs:
@@ -248,7 +260,7 @@ def build(arguments: argparse.Namespace) -> str:
     folder: Path = arguments.output
     digest = fingerprint(files, arguments)
     if up_to_date(folder, digest):
-        return f"{folder} is up to date"
+        return f"{folder} is up to date\n{how_to_use(folder)}"
     seen: dict[bytes, str | None] = {}
     sample, sample_bytes, duplicates = [], 0, 0
     documents = read_documents(files, arguments.text_field)
@@ -292,8 +304,7 @@ def build(arguments: argparse.Namespace) -> str:
         f"{split}: {values['documents']} documents, {values['bytes']} bytes, {values['tokens']} tokens"
         for split, values in splits.items()
     )
-    command = f"DATA_PATH={folder} TOKENIZER_PATH={folder / name} VOCAB_SIZE={len(tokenizer.pieces)}"
-    return f"{folder}: {counts}; {duplicates} duplicates dropped\nuse with {command}"
+    return f"{folder}: {counts}; {duplicates} duplicates dropped\n{how_to_use(folder)}"
 
 
 def main(argv: list[str]) -> int:

@@ -727,6 +727,8 @@ def test_a_passed_audit_leaves_its_measurements_and_a_receipt(training, capsys):
     assert main(training) == 0
     folder, report = Path(training["RUN_DIR"]), report_of(training)
     conditions = report["conditions"]
+    assert result_of(training)["audit"] == "passed"
+    assert f"run_dir:{folder}" in (folder / "run.log").read_text()
     assert {name: entry["tolerance"] for name, entry in conditions.items()} == CONDITIONS
     assert all(0 <= entry["deviation"] <= entry["tolerance"] for entry in conditions.values())
     assert report["seconds"] > 0
@@ -830,7 +832,10 @@ def recorded(evaluator, training, tmp_path):
 def test_a_recorded_evaluator_passes(recorded, training, evaluator, capsys):
     assert recorded() == 0
     report, printed = report_of(training), capsys.readouterr().out
-    assert report["passed"]
+    assert report["passed"] and result_of(training)["audit"] == "passed"
+    total = len(evaluator["prices"])
+    assert (report["rows"], report["targets"], report["val_bpb"]) == (40, total, float(evaluator["val_bpb"]))
+    assert f"40 of {total} prices are held against rows" in printed
     expected = {"normalised", "fast is slow", "decodes", "coded size", "coverage", "ledger", "bytes"}
     assert report["conditions"].keys() == expected
     assert report["conditions"]["normalised"]["tolerance"] == 1e-6

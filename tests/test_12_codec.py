@@ -298,9 +298,9 @@ def test_an_artifact_that_names_its_tokenizer_needs_that_one(dataset_dir, tmp_pa
         ({"ARTIFACT": "text"}, 5, ["text: not a valid artifact"]),
         ({"INPUT": "nowhere"}, 5, ["nowhere: No such file or directory"]),
         ({"INPUT": "."}, 5, [".: Is a directory"]),
-        ({"OUTPUT": "."}, 2, ["OUTPUT=. is INPUT, ARTIFACT or a folder"]),
-        ({"OUTPUT": "./text"}, 2, ["OUTPUT=text is INPUT, ARTIFACT or a folder"]),
-        ({"OUTPUT": "artifact.bin"}, 2, ["OUTPUT=artifact.bin is INPUT, ARTIFACT or a folder"]),
+        ({"OUTPUT": "."}, 2, ["OUTPUT=. is INPUT, ARTIFACT, no plain file"]),
+        ({"OUTPUT": "./text"}, 2, ["OUTPUT=./text is INPUT, ARTIFACT, no plain file"]),
+        ({"OUTPUT": "artifact.bin"}, 2, ["OUTPUT=artifact.bin is INPUT, ARTIFACT, no plain file"]),
         ({"OUTPUT": "text/coded"}, 5, ["text: File exists"]),
     ],
 )
@@ -319,6 +319,20 @@ def test_what_cannot_be_done_is_said_in_one_line(
         assert word in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact.bin", "text"]
     assert (tmp_path / "text").read_bytes() == ENGLISH
+
+
+def test_only_a_plain_file_is_replaced(tiny_artifact, tmp_path, capsys):
+    """A link leads to the file that is written; what is no file stays what it is."""
+    (tmp_path / "text").write_bytes(ENGLISH)
+    (tmp_path / "far").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("far")
+    assert codec("compress", tiny_artifact, tmp_path / "text", tmp_path / "link") == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "far").read_bytes().startswith(CODEC_MAGIC)
+    os.mkfifo(tmp_path / "pipe")
+    capsys.readouterr()
+    assert codec("compress", tiny_artifact, tmp_path / "text", tmp_path / "pipe") == 2
+    assert "no plain file" in capsys.readouterr().err
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_a_full_disk_leaves_the_old_output(tiny_artifact, tmp_path, capsys, monkeypatch):

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import shlex
 
 import numpy as np
 import pytest
@@ -122,7 +123,7 @@ def test_an_existing_tokenizer_is_taken_and_not_embedded(corpus, dataset_dir, tm
 
 
 def test_work_already_done_is_skipped_and_changes_are_seen(tmp_path, capsys):
-    source, out = tmp_path / "in", tmp_path / "out"
+    source, out = tmp_path / "in", tmp_path / "with a space"
     source.mkdir()
     for index, document in enumerate(make_documents(60, seed=8)):
         (source / f"{index:02d}.txt").write_bytes(document)
@@ -130,7 +131,8 @@ def test_work_already_done_is_skipped_and_changes_are_seen(tmp_path, capsys):
     assert build(capsys, *arguments)[0] == 0
     stamp = (out / "manifest.json").stat().st_mtime_ns
     code, printed, _ = build(capsys, *arguments)
-    assert (code, printed) == (0, f"{out} is up to date\n")
+    use = f"DATA_PATH={shlex.quote(str(out))} TOKENIZER_PATH={shlex.quote(str(out / 'tokenizer.model'))}"
+    assert (code, printed) == (0, f"{out} is up to date\nuse with {use} VOCAB_SIZE=400\n")
     assert (out / "manifest.json").stat().st_mtime_ns == stamp
     next(out.glob("*_val_*")).unlink()
     assert "up to date" not in build(capsys, *arguments)[1]

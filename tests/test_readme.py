@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def test_text_to_score_as_the_readme_says(corpus, env, tmp_path):
     done = subprocess.run(make, cwd=REPOSITORY, env=shell_environment({}), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     printed = done.stdout.splitlines()[-1].removeprefix("use with ")
-    variables = dict(re.findall(r"([A-Z_]+)=(.+?)(?= [A-Z_]+=|$)", printed))
+    variables = dict(pair.split("=", 1) for pair in shlex.split(printed))
     run = {"RECIPE": "smoke", "RUN_DIR": env["RUN_DIR"], "EVAL_STRIDE": "32", **variables}
     done = subprocess.run(
         [sys.executable, "train_gpt.py"],

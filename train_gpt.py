@@ -1438,7 +1438,6 @@ class ScoredChunk(NamedTuple):
     """Some targets and their price, on the device, (n,) each; target i of the stream is tokens[i + 1]."""
 
     positions: Tensor  # int64, which targets
-    targets: Tensor  # int64, their token ids
     logp: Tensor  # float32, log-probability of the target in nats
     entropy: Tensor  # float32, entropy of the whole distribution in nats
     beside: Tensor  # (K, n) float32: log-probabilities of proposals, 0 for none, then further columns
@@ -1540,7 +1539,7 @@ def score_stream(logits, tokens, settings, stride, process, label, proposals=Non
             ids = asked.index_select(1, positions).long()
             known, entropy = ids < rows.shape[1], -(rows.exp() * rows).sum(dim=-1)
             priced, beside = rows.gather(1, ids.where(known, 0).t()).t() * known, rest.t().float()
-            yield ScoredChunk(positions, ids[0], priced[0], entropy, torch.cat((priced[1:], beside)))
+            yield ScoredChunk(positions, priced[0], entropy, torch.cat((priced[1:], beside)))
         if chunk < len(ends):
             learner.learn(tokens, chunk)
     _ = learner and learner.reset()
@@ -1932,8 +1931,10 @@ def pseudo_rule(name: str, settings: Settings, gated: bool = False) -> PseudoRul
     names = [name for name, rule in PSEUDO_RULES.items() if gated or not rule.gated]
     if name not in names:
         raise SettingError(f"PSEUDO={name} is no rule without gate logits; choose one of {', '.join(names)}")
-    own = {field: vars(settings)[f"ngram_{field}"] for field in PseudoRule._fields[:7]}
-    rule = PSEUDO_RULES[name]._replace(**{field: value for field, value in own.items() if value})
+    rule, s = PSEUDO_RULES[name], settings
+    own = (s.ngram_max_order, s.ngram_chunk_tokens, s.ngram_buckets, s.ngram_min_count)
+    own += (s.ngram_alpha_min, s.ngram_alpha_max, s.ngram_alpha_clip)
+    rule = PseudoRule(*(value or usual for value, usual in zip(own, rule, strict=False)), *rule[len(own) :])
     if not (top := len(rule.centers)) >= rule.max_order >= 2:
         raise SettingError(f"NGRAM_MAX_ORDER={rule.max_order}: choose one of {name}'s orders, 2 to {top}")
     return rule
@@ -2548,7 +2549,8 @@ def audit_run(scorer: Scorer, scored: Scored, score: Score, path, dataset: Datas
     """Prove on the artifact at `path` that `score` is a code length; return "passed" or what is broken.
 
     Writes audit.json and receipt.bin beside each other. Two fresh scorers of the file on disk take the parts
-    of encoder and decoder; of the run they get the neural prices of targets before the late span alone.
+    of encoder and decoder; of the run they get the neural prices of targets before the late span alone, from
+    which the gate's state at the start of each span is worked out anew, once for both.
     `trained`: how many steps, and the hash of the first held-out batch that weights were chosen on."""
     s, tokens, started = scorer.settings, dataset.val_tokens, time.perf_counter()
     artifact, alone = read_artifact(path), Process(0, 1, scorer.process.device)
@@ -2763,8 +2765,7 @@ def evaluate(artifact, dataset, settings, process, log, compiled, path, trained)
         if settings.ngram_cache == "exact":
             numbers |= log_cache(scored, dataset, log)
         if learner := scorer.learner:
-            adaptive = sum(map(torch.numel, learner.live))
-            log.event("ttt", adaptive_parameters=adaptive, largest_change=learner.moved)
+            log.event("ttt", parameters=sum(p.numel() for p in learner.live), largest_change=learner.moved)
         log.event("score", window=settings.window, stride=settings.eval_stride, **score._asdict())
         if rule:
             beside, neural = scored.table[-rule.beside :].t() if rule.beside else None, scored.table[1:3]

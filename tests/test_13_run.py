@@ -666,7 +666,7 @@ def test_a_submission_runs_end_to_end_at_full_size(recipe, dataset_dir, tmp_path
     assert FINAL_LINE.fullmatch(final)
     assert int(kilobytes) < 16 * 2**20
     assert metrics_of(env, "qat")
-    learned = [event["adaptive_parameters"] for event in metrics_of(env, "ttt")]
+    learned = [event["parameters"] for event in metrics_of(env, "ttt")]
     assert learned == {"pr779": [273_412], "pr834": [273_412]}.get(recipe, [])
     assert metrics_of(env, "average")[0]["swa_snapshots"] == 2
     assert math.isfinite(result_of(env)["val_loss"])
